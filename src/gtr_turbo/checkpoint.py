@@ -1,0 +1,231 @@
+"""Run folders: atomic writes, one owner at a time, checkpoints that resume bit for bit. No pickle.
+
+    RUN/config.yaml                     the resolved settings
+    RUN/metrics.jsonl                   a row an update
+    RUN/summary.json                    what the run reached
+    RUN/checkpoints/NNNNNN/student/     the agent: `transformers` folder, or PEFT adapter
+    RUN/checkpoints/NNNNNN/teacher/     the merge: `transformers` folder
+    RUN/checkpoints/NNNNNN/*.safetensors, state.json
+    RUN/trajectories/                   some episodes of each update, frames as PNG
+
+NNNNNN counts updates done. Randomness needs no generator state: every stream is derived from the run's
+seed and counters (`collect.stream`), and running episodes are replayed from their actions.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gtr_turbo.policy.model import Policy
+from gtr_turbo.teacher.history import History
+
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A run folder is in use, not writable, damaged, or of another run."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write so that a reader, or a crash, never meets half a file."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+@contextmanager
+def own_folder(run: Path) -> Iterator[None]:
+    """Hold the run folder for this process.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or another process holds it.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = open(run / "run.lock", "w")  # noqa: SIM115 - held open for the whole run
+    except OSError as error:
+        raise CheckpointError(
+            f"the run folder {run} cannot be written: {error}. Give another --run"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(
+                f"the run folder {run} is in use by another process; wait for it or give another --run"
+            ) from error
+        yield
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A short hash of names, shapes and bits; it tells whether a run resumes from the model it began with."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(
+            tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else str(tensor).encode()
+        )
+    return digest.hexdigest()[:16]
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{i}.{key}": value.contiguous()
+        for i, entry in state.items()
+        for key, value in entry.items()
+    }
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def folders(run: Path) -> list[Path]:
+    """Complete checkpoints, the oldest first."""
+    found = (run / "checkpoints").glob("[0-9]*")
+    return sorted(path for path in found if path.name.isdigit() and (path / "state.json").exists())
+
+
+def save(
+    run: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    history: History,
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+) -> Path:
+    """Write checkpoint number `state["update"]`, then drop all but the newest `keep`.
+
+    It is written aside and renamed, so a crash or a full disk leaves the older ones as they were.
+
+    Raises:
+        OSError: the disk is full, or the folder not writable; the half-written part is removed.
+    """
+    target = run / "checkpoints" / f"{state['update']:06d}"
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        policy.save_student(part / "student")
+        policy.save_teacher(part / "teacher")
+        trained = {name: tensor.detach().contiguous() for name, tensor in policy.trained().items()}
+        # the folders above are for others; these are the exact bits a resumed run goes on from
+        save_file(trained, part / "trained.safetensors")
+        save_file(policy.value_head.state_dict(), part / "value_head.safetensors")
+        save_file(_optimizer_tensors(optimizer), part / "optimizer.safetensors")
+        save_file(history.state(), part / "history.safetensors")
+        if state[
+            "teacher_age"
+        ]:  # the teacher is older than the history, so it cannot be merged again
+            save_file(policy.teacher_state(), part / "teacher.safetensors")
+        files = {f.name: f.stat().st_size for f in sorted(part.glob("*.safetensors"))}
+        write_atomically(
+            part / "state.json", json.dumps({"format": FORMAT, "files": files, **state}, indent=1)
+        )
+        for file in part.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(part, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"checkpoint {target} could not be written: {error}") from error
+    for old in folders(run)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint, its files checked for size.
+
+    Raises:
+        CheckpointError: unreadable, of another format, or a file is missing or cut.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        sizes = {name: (folder / name).stat().st_size for name in state["files"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged ({error!r}); remove it to use the one before"
+        ) from error
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {folder} has format {state.get('format')}, this version reads {FORMAT}"
+        )
+    wrong = [name for name, size in state["files"].items() if sizes[name] != size]
+    if wrong:
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged: {', '.join(wrong)} was cut; remove the folder"
+        )
+    return dict(state)
+
+
+def load(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, history: History, start: str
+) -> dict[str, Any]:
+    """Restore everything `save` wrote; returns the state.
+
+    Args:
+        folder: the checkpoint.
+        policy: freshly loaded from the run's starting model.
+        optimizer: freshly made for it.
+        history: empty.
+        start: fingerprint of the starting model.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or belongs to another starting model.
+    """
+    state = read_state(folder)
+    if state["start"] != start:
+        raise CheckpointError(
+            f"checkpoint {folder} began from another model (fingerprint {state['start']}, model.path now gives "
+            f"{start}); resume with the model the run began with"
+        )
+    try:
+        trained = load_file(folder / "trained.safetensors")
+        value_head = load_file(folder / "value_head.safetensors")
+        moments = load_file(folder / "optimizer.safetensors")
+        sums = load_file(folder / "history.safetensors")
+        parameters = policy.trained()
+        if set(trained) != set(parameters):
+            raise KeyError(f"trained tensors differ: {sorted(set(trained) ^ set(parameters))[:3]}")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(trained[name])
+        policy.value_head.load_state_dict(value_head)
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged or of another run: {error}"
+        ) from error
+    _load_optimizer(optimizer, moments)
+    history.load_state(sums)
+    if state["teacher_age"]:
+        policy.load_teacher_state(load_file(folder / "teacher.safetensors"))
+    else:
+        policy.load_teacher(history.merge())
+    return state

@@ -1,0 +1,469 @@
+"""The command: parse, make a config, make one call. torch is imported after parsing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gtr_turbo import __version__
+from gtr_turbo.config import ConfigError, EnvConfig, SFTConfig, TrainConfig, check_keys, suggest
+
+if TYPE_CHECKING:
+    from gtr_turbo.policy.model import Policy
+
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT_CONFIG = "ezpoints"
+
+
+def config_names() -> list[str]:
+    """Names of the configs that ship with the package."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def config_file(name: str) -> Path:
+    """A shipped config by name, or a YAML file by path.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    shipped = CONFIGS / f"{name}.yaml"
+    if shipped.exists():
+        return shipped
+    if Path(name).is_file():
+        return Path(name)
+    names = config_names()
+    raise ConfigError(
+        f"config {name!r} is neither a file nor one of {', '.join(names)}.{suggest(name, names)}"
+    )
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, group by group; `options` are merged key by key too."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Settings of a YAML file; a first key `base: NAME` takes another config and changes it.
+
+    Raises:
+        ConfigError: not YAML, or not a mapping.
+    """
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold settings (key: value), got {type(settings).__name__}")
+    base = settings.pop("base", None)
+    return _merge(read_config(config_file(base)), settings) if base else settings
+
+
+def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """`--ppo.lr 1e-4 --env.options.prompt=full` as nested settings; values are YAML.
+
+    Raises:
+        ConfigError: an argument is no `--key value`.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        key, equals, value = rest.pop(0).partition("=")
+        if not key.startswith("--") or (not equals and not rest):
+            raise ConfigError(f"cannot read {key!r}; give settings as --group.name VALUE")
+        value = value if equals else rest.pop(0)
+        group = found
+        *path, last = key[2:].split(".")
+        for part in path:
+            group = group.setdefault(part, {})
+        try:
+            group[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"value of {key} cannot be read: {value!r}") from error
+    return found
+
+
+def build_config(cls: type, settings: dict[str, Any]) -> Any:
+    """Settings as a checked, frozen config.
+
+    Raises:
+        ConfigError: unknown key, wrong type, or settings that cannot work.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+    check_keys(settings, cls)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", type=cls)
+    try:
+        return parser.instantiate_classes(parser.parse_object({"config": settings})).config
+    except ConfigError:
+        raise
+    except (ArgumentError, ValueError, TypeError, KeyError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise cause from None
+        text = str(error).replace('Parser key "config', 'setting "').replace('".', '"')
+        raise ConfigError(text) from error
+    finally:
+        del Namespace
+
+
+def dump_config(config: Any) -> str:
+    """A config as YAML, every setting written out."""
+    from dataclasses import asdict
+
+    import yaml
+
+    plain = json.loads(json.dumps(asdict(config)))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+def _new_run(config: TrainConfig) -> Path:
+    if config.run is not None:
+        return Path(config.run)
+    stem = f"runs/{config.name}-seed{config.seed}"
+    number, path = 1, Path(stem)
+    while path.exists():
+        number += 1
+        path = Path(f"{stem}-{number}")
+    return path
+
+
+def _train(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    over = _overrides(rest)
+    for key in ("run", "seed"):
+        if getattr(options, key) is not None:
+            over[key] = getattr(options, key)
+    stored = Path(options.run) / "config.yaml" if options.run else None
+    if options.resume:
+        if stored is None:
+            raise ConfigError("--resume needs --run DIR, the folder of the run to go on with")
+        if not stored.exists():
+            raise ConfigError(f"cannot resume: {stored} does not exist")
+    source = (
+        stored
+        if options.resume and stored is not None
+        else config_file(options.config or DEFAULT_CONFIG)
+    )
+    settings = read_config(source)
+    if not options.resume:
+        settings.setdefault("name", source.stem)
+    config: TrainConfig = build_config(TrainConfig, _merge(settings, over))
+    if options.print_config:
+        print(dump_config(config), end="")
+        return 0
+    run = _new_run(config)
+    config = replace(config, run=str(run))
+    from gtr_turbo import checkpoint
+    from gtr_turbo.terminal import TerminalView, show_summary
+    from gtr_turbo.trainer import train
+
+    with checkpoint.own_folder(run):
+        if options.resume and not checkpoint.folders(run):
+            raise ConfigError(
+                f"cannot resume: {run} holds no complete checkpoint; start without --resume"
+            )
+        if not options.resume and (run / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"{run} holds a run already: go on with --resume, or give another --run"
+            )
+        checkpoint.write_atomically(run / "config.yaml", dump_config(config))
+        with TerminalView() as view:
+            summary = train(config, run, view, resume=options.resume)
+        show_summary(view.console, summary)
+    return 0
+
+
+def _sft(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    settings = read_config(config_file(options.config)) if options.config else {}
+    over = _overrides(rest)
+    for key in ("out", "seed"):
+        if getattr(options, key) is not None:
+            over[key] = getattr(options, key)
+    config: SFTConfig = build_config(SFTConfig, _merge(settings, over))
+    if options.print_config:
+        print(dump_config(config), end="")
+        return 0
+    from gtr_turbo.sft import train
+
+    def report(row: dict[str, float]) -> None:
+        print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
+
+    print(f"written to {train(config, report)}")
+    return 0
+
+
+def _agent(options: argparse.Namespace) -> tuple[Policy, TrainConfig]:
+    """The agent a path names: a run (its newest student or teacher), or a model; and its config."""
+    from gtr_turbo import checkpoint
+    from gtr_turbo.policy.model import Policy
+
+    path = Path(options.agent)
+    settings = read_config(config_file(options.config)) if options.config else {}
+    if (path / "config.yaml").exists():
+        settings = _merge(read_config(path / "config.yaml"), settings)
+        saved = checkpoint.folders(path)
+        if not saved:
+            raise ConfigError(f"{path} is a run without a complete checkpoint; nothing to load")
+        checkpoint.read_state(saved[-1])
+        settings.setdefault("model", {})
+        if options.which == "student" and settings["model"].get("train") == "lora":
+            settings["model"]["adapter"] = str(saved[-1] / "student")
+        else:
+            settings["model"] |= {
+                "path": str(saved[-1] / options.which),
+                "train": "full",
+                "adapter": None,
+            }
+    else:
+        if options.which == "teacher":
+            raise ConfigError(
+                f"{path} is no run folder, so it has no teacher; drop --which teacher"
+            )
+        settings = _merge(settings, {"model": {"path": options.agent}})
+    if options.env:
+        settings = _merge(settings, {"env": {"id": options.env}})
+    config: TrainConfig = build_config(TrainConfig, settings)
+    return Policy(config.model, temperature=config.sampling.temperature, seed=config.seed), config
+
+
+def _env_config(options: argparse.Namespace, config: TrainConfig) -> tuple[EnvConfig, str | None]:
+    import yaml
+
+    given = {}
+    for text in options.option or ():
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--option {text!r} must be NAME=VALUE")
+        given[key] = yaml.safe_load(value)
+    env = replace(config.env, options={**config.env.options, **given})
+    return env, None if options.split == "none" else options.split or env.eval_split
+
+
+def _eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    _no_rest(rest)
+    if options.episodes < 1:
+        raise ConfigError(f"--episodes {options.episodes} must be at least 1")
+    import torch
+
+    from gtr_turbo.evaluate import evaluate
+
+    policy, config = _agent(options)
+    torch.set_num_threads(config.threads)
+    env, split = _env_config(options, config)
+    seed = 0 if options.seed is None else options.seed
+    result = evaluate(
+        policy,
+        env,
+        config.sampling,
+        episodes=options.episodes,
+        split=split,
+        seed=seed,
+        greedy=options.greedy,
+    )
+    summary = {
+        "env": env.id,
+        "split": split,
+        "seed": seed,
+        "which": options.which,
+        "greedy": options.greedy,
+    }
+    summary |= result.summary()
+    if options.records:
+        lines = [json.dumps(record) for record in summary["records"]]
+        Path(options.records).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if options.json:
+        print(json.dumps(summary))
+        return 0
+    from gtr_turbo.terminal import percent
+
+    del summary["records"]
+    print(
+        f"{env.id} ({split}), {len(result.records)} episodes, {'greedy' if options.greedy else 'sampled'}"
+    )
+    print(f"success  {percent(result.success, result.interval)}")
+    print(f"return   {summary['return']:.3f}")
+    print(f"valid    {percent(summary['valid'])}")
+    for name, value in result.facts.items():
+        print(f"{name:<8} {percent(value)}")
+    return 0
+
+
+def _play(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    _no_rest(rest)
+    from rich.console import Console
+
+    from gtr_turbo.play import watch
+
+    policy, config = _agent(options)
+    env, split = _env_config(options, config)
+    watch(
+        policy,
+        env,
+        config.sampling,
+        Console(),
+        episodes=options.episodes,
+        split=split,
+        seed=0 if options.seed is None else options.seed,
+        greedy=options.greedy,
+        frames=Path(options.frames) if options.frames else None,
+    )
+    return 0
+
+
+def _doctor(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    _no_rest(rest)
+    from gtr_turbo.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        print(f"{'ok ' if finding.ok else 'BAD'}  {finding.what:<14} {finding.detail}")
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def _no_rest(rest: Sequence[str]) -> None:
+    if rest:
+        raise ConfigError(f"unknown argument {rest[0]!r}; see --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gtr-turbo",
+        description="Train vision-language agents, guided by the merge of their own checkpoints.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        sub.set_defaults(run_command=run)
+        return sub
+
+    names = ", ".join(config_names())
+    dotted = "Any setting can be given as --group.name VALUE; --print_config lists them all."
+    train = command(
+        "train", _train, "Train an agent. Without arguments: EZPoints, tiny model, CPU, minutes."
+    )
+    train.epilog = dotted
+    train.add_argument("--config", metavar="NAME_OR_FILE", help=f"one of {names}, or a YAML file")
+    train.add_argument("--run", metavar="DIR", help="run folder (default: runs/NAME-seedN)")
+    train.add_argument("--seed", type=int, metavar="N", help="the run's seed (default 0)")
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in --run"
+    )
+    train.add_argument(
+        "--print_config", action="store_true", help="print the resolved config and exit"
+    )
+    sft = command(
+        "sft", _sft, "Imitate the environments' own experts: make the model RL starts from."
+    )
+    sft.epilog = dotted
+    sft.add_argument("--config", metavar="NAME_OR_FILE", help="a YAML file of SFT settings")
+    sft.add_argument("--out", metavar="DIR", help="folder to write the model to")
+    sft.add_argument("--seed", type=int, metavar="N", help="seed (default 0)")
+    sft.add_argument(
+        "--print_config", action="store_true", help="print the resolved config and exit"
+    )
+    for name, run, text in (
+        ("eval", _eval, "Success on fixed episodes, with its 95 %% interval."),
+        ("play", _play, "Watch an agent's episodes, turn by turn."),
+    ):
+        sub = command(name, run, text)
+        sub.add_argument(
+            "agent", metavar="RUN_OR_MODEL", help="run folder, model folder, or model name"
+        )
+        sub.add_argument(
+            "--config", metavar="NAME_OR_FILE", help="settings for a model that is no run"
+        )
+        sub.add_argument("--env", metavar="ID", help="environment (default: the run's)")
+        sub.add_argument(
+            "--option", action="append", metavar="NAME=VALUE", help="environment option"
+        )
+        sub.add_argument("--episodes", type=int, default=500 if name == "eval" else 3, metavar="N")
+        sub.add_argument(
+            "--split", metavar="SPLIT", help="all, train, held-out, held-out-multisets, none"
+        )
+        sub.add_argument(
+            "--seed", type=int, metavar="N", help="seed of deals and sampling (default 0)"
+        )
+        sub.add_argument(
+            "--which", choices=("student", "teacher"), default="student", help="of a run"
+        )
+        sub.add_argument(
+            "--greedy", action="store_true", help="likeliest token instead of sampling"
+        )
+    commands.choices["eval"].add_argument(
+        "--json", action="store_true", help="print one JSON object"
+    )
+    commands.choices["eval"].add_argument(
+        "--records", metavar="FILE", help="write a JSON line per episode"
+    )
+    commands.choices["play"].add_argument("--frames", metavar="DIR", help="save the frames as PNG")
+    command("doctor", _doctor, "Check that this machine has what a run needs.")
+    return parser
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is 0, 1 (it failed), 2 (wrong input) or 130 (interrupted)."""
+    # another process on the machine must not make torch's threads spin (docs/scaling.md)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    options, rest = _parser().parse_known_args(arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return int(options.run_command(options, rest))
+    except KeyboardInterrupt as interrupt:
+        run = getattr(options, "run", None)
+        again = (
+            f" Go on with: gtr-turbo train --run {run} --resume"
+            if run
+            else " Go on with --run DIR --resume."
+        )
+        print(f"\ninterrupted ({interrupt or 'Ctrl-C'}).{again}", file=sys.stderr)
+        return 130
+    except ConfigError as error:
+        print(f"gtr-turbo: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    """Our own errors as one line; anything else is a bug and keeps its traceback."""
+    from gtr_turbo.checkpoint import CheckpointError
+    from gtr_turbo.envs import ContractError
+    from gtr_turbo.learning.update import TrainingError
+
+    if isinstance(error, (CheckpointError, ContractError)):
+        print(f"gtr-turbo: {error}", file=sys.stderr)
+        return 2
+    if isinstance(error, (TrainingError, OSError, FloatingPointError)):
+        print(f"gtr-turbo: {error}", file=sys.stderr)
+        return 1
+    raise error

@@ -1,0 +1,245 @@
+"""Playing: environments and the policy, turn by turn, into records.
+
+Environments reset in the same step in which an episode ends, so no reply is written to a finished one.
+Every episode of every environment has a seed of its own, `SeedSequence([seed, environment, episode])`:
+an episode is a function of its seed and its actions, and resuming replays it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig
+from gtr_turbo.envs import make_env
+from gtr_turbo.envs.contract import ContractError
+from gtr_turbo.parsing import parse, thought_tokens
+from gtr_turbo.policy.generation import generate
+from gtr_turbo.policy.model import Policy
+from gtr_turbo.policy.scoring import score, values
+from gtr_turbo.turns.batch import make_inputs
+from gtr_turbo.turns.turn import Turn
+
+
+def stream(*path: int) -> int:
+    """A seed for one of the run's streams of randomness, from integers that name it."""
+    return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> 1)
+
+
+SAMPLING, MINIBATCHES, EVALUATION = 1, 2, 3
+"""Names of streams: `stream(seed, SAMPLING, update)` and so on. Environments use `stream(seed, 0, n, e)`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step of one environment gave, before any reset."""
+
+    observation: Mapping[str, Any]
+    reward: float
+    terminated: bool
+    truncated: bool
+    success: bool | None
+
+
+class Envs:
+    """N environments side by side, in one process.
+
+    Attributes:
+        fields: JSON keys a reply must have.
+        observations: what each environment shows now.
+        infos: its last info.
+    """
+
+    def __init__(
+        self, config: EnvConfig, split: str | None, seed: int, count: int | None = None
+    ) -> None:
+        options = dict(config.options) if split is None else {**config.options, "split": split}
+        self._envs = [make_env(config.id, **options) for _ in range(count or config.num_envs)]
+        fields = getattr(self._envs[0].unwrapped, "fields", None) or getattr(
+            self._envs[0], "fields", None
+        )
+        if not fields:
+            raise ContractError(
+                f"{config.id} declares no `fields`; see `check_env` and docs/environments.md"
+            )
+        self.fields: Sequence[str] = fields
+        self._seed = seed
+        self.episodes = [-1] * len(self._envs)
+        self.observations: list[Mapping[str, Any]] = [{}] * len(self._envs)
+        self.infos: list[Mapping[str, Any]] = [{}] * len(self._envs)
+        self.actions: list[list[str]] = [[] for _ in self._envs]
+
+    def __len__(self) -> int:
+        return len(self._envs)
+
+    def start(self) -> None:
+        """Begin the first episode everywhere."""
+        for i in range(len(self)):
+            self.reset(i, 0)
+
+    def reset(self, i: int, episode: int, seed: int | None = None) -> None:
+        """Begin episode number `episode` of environment `i`."""
+        self.episodes[i], self.actions[i] = episode, []
+        seed = stream(self._seed, 0, i, episode) % 2**31 if seed is None else seed
+        self.observations[i], self.infos[i] = self._envs[i].reset(seed=seed)
+
+    def step(self, i: int, action: str) -> Outcome:
+        """Act in environment `i`; does not reset."""
+        observation, reward, terminated, truncated, info = self._envs[i].step(action)
+        self.observations[i], self.infos[i] = observation, info
+        self.actions[i].append(action)
+        success = bool(info["success"]) if terminated or truncated else None
+        return Outcome(observation, float(reward), bool(terminated), bool(truncated), success)
+
+    def judge(self, i: int, fields: Mapping[str, Any]) -> Mapping[str, bool]:
+        """Facts about a parsed reply in the state that environment `i` is in, if it can check any."""
+        judge = getattr(self._envs[i].unwrapped, "judge", None)
+        return judge(fields) if judge is not None and fields else {}
+
+    def state(self) -> list[dict[str, Any]]:
+        """What `restore` needs: the episode and the actions so far of each environment."""
+        return [
+            {"episode": e, "actions": a} for e, a in zip(self.episodes, self.actions, strict=True)
+        ]
+
+    def restore(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Replay every environment's running episode."""
+        for i, saved in enumerate(state):
+            self.reset(i, saved["episode"])
+            for action in saved["actions"]:
+                self.step(i, action)
+
+
+def play(
+    envs: Envs,
+    rows: Sequence[int],
+    policy: Policy,
+    sampling: SamplingConfig,
+    rollout: RolloutConfig,
+    generator: torch.Generator,
+    *,
+    greedy: bool = False,
+) -> list[tuple[Turn, Mapping[str, Any]]]:
+    """One turn in each of the environments `rows`; finished episodes are left finished.
+
+    Returns:
+        for each row the turn, with `next_value` still 0, and the observation it led to.
+    """
+    shown = [envs.observations[i] for i in rows]
+    observed = policy.observe([o["image"] for o in shown], [o["prompt"] for o in shown])
+    replies = generate(policy, observed, sampling, generator, greedy=greedy)
+    made = []
+    for i, seen, reply, before in zip(rows, observed, replies, shown, strict=True):
+        ids = reply.response_ids.tolist()
+        ids = ids[:-1] if ids[-1] == policy.processor.end_token_id else ids
+        text = policy.processor.decode(ids)
+        parsed = parse(text, envs.fields)
+        thought = (
+            thought_tokens(ids, parsed.action_start, policy.processor.decode) if parsed.valid else 0
+        )
+        actions = envs.infos[i].get("actions")
+        facts = envs.judge(i, parsed.fields)
+        step = len(envs.actions[i])
+        outcome = envs.step(i, parsed.action)
+        turn = Turn(
+            observed=seen,
+            reply=reply,
+            prompt=before["prompt"],
+            text=text,
+            fields=parsed.fields,
+            thought_tokens=thought,
+            action=parsed.action,
+            valid=parsed.valid,
+            legal=parsed.valid and (actions is None or parsed.action in actions),
+            reward=outcome.reward,
+            format_reward=rollout.format_valid if parsed.valid else rollout.format_invalid,
+            terminated=outcome.terminated,
+            truncated=outcome.truncated,
+            next_value=0.0,
+            env_index=i,
+            episode=envs.episodes[i],
+            step=step,
+            success=outcome.success,
+            facts=facts,
+        )
+        made.append((turn, outcome.observation))
+    return made
+
+
+def collect(
+    envs: Envs,
+    policy: Policy,
+    sampling: SamplingConfig,
+    rollout: RolloutConfig,
+    generator: torch.Generator,
+) -> list[Turn]:
+    """Play `rollout.turns_per_env` turns in every environment.
+
+    Returns:
+        turns ordered by time, then by environment, as `make_batch` wants them.
+    """
+    rows = range(len(envs))
+    steps: list[list[tuple[Turn, Mapping[str, Any]]]] = []
+    for _ in range(rollout.turns_per_env):
+        steps.append(play(envs, rows, policy, sampling, rollout, generator))
+        for turn, _ in steps[-1]:
+            if turn.done:
+                envs.reset(turn.env_index, turn.episode + 1)
+    # values of what lies beyond: the last observations, and those at which episodes were cut
+    cut = {
+        (t, i): after
+        for t, step in enumerate(steps)
+        for i, (turn, after) in enumerate(step)
+        if not turn.terminated and (turn.truncated or t == len(steps) - 1)
+    }
+    beyond = dict(zip(cut, _values(policy, list(cut.values()), len(envs)), strict=True))
+    turns = []
+    for t, step in enumerate(steps):
+        for i, (turn, _) in enumerate(step):
+            following = 0.0
+            if (t, i) in beyond:
+                following = beyond[t, i]
+            elif not turn.terminated:
+                following = steps[t + 1][i][0].reply.value
+            turns.append(replace(turn, next_value=following))
+    return rescore(turns, policy, len(envs)) if rollout.rescore else turns
+
+
+def _values(policy: Policy, observations: list[Mapping[str, Any]], size: int) -> list[float]:
+    found: list[float] = []
+    for at in range(0, len(observations), size):
+        part = observations[at : at + size]
+        observed = policy.observe([o["image"] for o in part], [o["prompt"] for o in part])
+        found += values(policy, observed).tolist()
+    return found
+
+
+@torch.no_grad()
+def rescore(turns: list[Turn], policy: Policy, size: int) -> list[Turn]:
+    """Replace recorded log-probs, values and hidden states by those of a scoring pass.
+
+    In bfloat16 decoding and scoring round differently; the ratio of the first minibatch is 1 again then.
+    """
+    renewed: list[Turn] = []
+    for at in range(0, len(turns), size):
+        part = turns[at : at + size]
+        inputs = make_inputs(
+            [turn.observed for turn in part],
+            [turn.reply.response_ids for turn in part],
+            policy.processor.pad_token_id,
+        )
+        scores = score(policy, inputs)
+        value = policy.value_head(scores.hidden)
+        for i, turn in enumerate(part):
+            reply = replace(
+                turn.reply,
+                logprobs=scores.logprobs[i, : len(turn.reply.response_ids)].cpu(),
+                value=float(value[i]),
+                hidden=scores.hidden[i].float().cpu(),
+            )
+            renewed.append(replace(turn, reply=reply))
+    return renewed

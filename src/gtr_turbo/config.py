@@ -1,0 +1,443 @@
+"""Every setting, declared once: frozen dataclasses, documented under each field, validated at birth.
+
+Standard library only, so that a config can be checked without torch. What follows from settings is a
+property. The resolved config of a run lies in its folder as `config.yaml`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown, of the wrong type, or cannot work."""
+
+
+def suggest(word: str, known: list[str]) -> str:
+    """ " Did you mean 'x'?" if something close is known, else an empty string."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def check_keys(settings: Mapping[str, Any], cls: type, where: str = "") -> None:
+    """Refuse keys that `cls` does not declare, nested ones included.
+
+    Raises:
+        ConfigError: names the key, what is known there, and the closest known key.
+    """
+    known = {f.name: get_type_hints(cls)[f.name] for f in fields(cls)}
+    for key, value in settings.items():
+        if key not in known:
+            raise ConfigError(
+                f"unknown setting {where + key!r}; known{' in ' + where[:-1] if where else ''}: "
+                f"{', '.join(known)}.{suggest(key, list(known))}"
+            )
+        if is_dataclass(known[key]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{where}{key} must be a group of settings, got {value!r}")
+            check_keys(value, known[key], f"{where}{key}.")  # type: ignore[arg-type]
+
+
+def _positive(owner: Any, *names: str) -> None:
+    for name in names:
+        if getattr(owner, name) <= 0:
+            raise ConfigError(f"{_path(owner)}{name}={getattr(owner, name)} must be greater than 0")
+
+
+def _not_negative(owner: Any, *names: str) -> None:
+    for name in names:
+        if getattr(owner, name) < 0:
+            raise ConfigError(f"{_path(owner)}{name}={getattr(owner, name)} must not be negative")
+
+
+def _fraction(owner: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(owner, name) <= 1:
+            raise ConfigError(
+                f"{_path(owner)}{name}={getattr(owner, name)} must be between 0 and 1"
+            )
+
+
+def _path(owner: Any) -> str:
+    return getattr(owner, "_prefix", "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The agent's model and which of its weights are trained."""
+
+    _prefix = "model."
+
+    path: str = "tiny-qwen3-vl"
+    """`tiny-qwen3-vl` or `tiny-qwen2.5-vl` (shipped), a `save_pretrained` folder, or a hub name."""
+    adapter: str | None = None
+    """PEFT adapter folder to start from (with `train: lora`)."""
+    train: Literal["full", "lora"] = "full"
+    """`full`: every weight of the language model; `lora`: adapters on its linear layers."""
+    vision: Literal["frozen", "trained"] = "frozen"
+    """Whether the vision tower is trained too. Frozen, its features are computed once a turn."""
+    lora_rank: int = 128
+    """Rank r of the adapters."""
+    lora_alpha: int = 256
+    """Adapters are scaled by `lora_alpha / lora_rank`."""
+    lora_dropout: float = 0.05
+    """Dropout before the adapters; active in the update's forward pass only if > 0."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the model's weights. Log-softmax, critic and merges are float32 always."""
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    """Attention implementation of `transformers`."""
+    device: str = "cpu"
+    """A torch device: `cpu`, `cuda`, `cuda:1`."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "lora_rank", "lora_alpha")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"model.lora_dropout={self.lora_dropout} must be in [0, 1)")
+        if self.adapter and self.train != "lora":
+            raise ConfigError("model.adapter is given, so model.train must be 'lora', got 'full'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvConfig:
+    """The environment."""
+
+    _prefix = "env."
+
+    id: str = "EZPoints"
+    """A built-in name (EZPoints, Points24, NumberLine, Blackjack), a Gymnasium id, or MODULE:ENV_ID."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the environment, such as `prompt`, `early_truncation`, `solvable_only`."""
+    train_split: str | None = "train"
+    """The `split` option while training; null for environments without splits."""
+    eval_split: str | None = "held-out"
+    """The `split` option for the evaluations before and after; null for environments without splits."""
+    num_envs: int = 64
+    """Environments stepped side by side, N."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_envs")
+        if "split" in self.options:
+            raise ConfigError("set env.train_split and env.eval_split, not env.options.split")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How replies are written."""
+
+    _prefix = "sampling."
+
+    temperature: float = 0.7
+    """Logits are divided by it, in sampling and in scoring: the policy is what is sampled."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 is off. Scoring does not know it (docs/method.md)."""
+    repetition_penalty: float = 1.0
+    """Penalty of Keskar et al. 2019; 1 is off. Scoring does not know it (docs/method.md)."""
+    max_new_tokens: int = 96
+    """A reply is cut here, and is invalid if that leaves its JSON open."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "temperature", "repetition_penalty", "max_new_tokens")
+        _not_negative(self, "top_k")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """Collecting turns."""
+
+    _prefix = "rollout."
+
+    turns_per_env: int = 8
+    """Turns collected from each environment before an update, T."""
+    format_valid: float = 0.0
+    """Reward for a reply that is the JSON object asked for. A bonus per turn pays for loitering."""
+    format_invalid: float = -2.0
+    """Reward for any other reply."""
+    rescore: bool = False
+    """Take the old log-probs and values from a scoring pass instead of from the sampler (for bf16)."""
+    max_logprob_gap: float = 0.5
+    """The run stops if sampler and scoring differ by more than this (mean absolute nats per token)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "turns_per_env", "max_logprob_gap")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """Credit and the update (METHOD: composite log-probability, one ratio a turn)."""
+
+    _prefix = "ppo."
+
+    lr: float = 1e-4
+    """Adam's learning rate at the first optimizer step."""
+    lr_final: float = 1e-9
+    """Learning rate at the last optimizer step; cosine in between."""
+    value_lr: float = 1e-3
+    """Learning rate of the critic, constant."""
+    adam_eps: float = 1e-7
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay on the model."""
+    max_grad_norm: float = 1.0
+    """Gradients of the model are clipped to this norm; so are the critic's, apart."""
+    epochs: int = 2
+    """Passes over the turns of an update."""
+    minibatch_turns: int = 128
+    """Turns per optimizer step."""
+    microbatch_turns: int = 64
+    """Turns per forward pass; gradients are accumulated up to `minibatch_turns`."""
+    clip: float = 0.2
+    """Clip range of the ratio and of the value."""
+    ratio: Literal["sequence", "token"] = "token"
+    """One ratio a turn on the composite log-probability (published), or one a token."""
+    thought_weight: float = 0.5
+    """Lambda: weight of the thought's log-probability against the action's."""
+    length_scale: float = 1.0
+    """The token surrogate, summed over a turn's tokens, is divided by this."""
+    value_coef: float = 0.5
+    """Weight of the value loss."""
+    value_gradient: bool = False
+    """Let the value loss train the model too, not only the critic."""
+    critic_steps: int = 0
+    """Extra optimizer steps of the critic per update, on the stored hidden states."""
+    entropy_coef: float = 0.0
+    """Weight of the mean token entropy, added to the objective."""
+    gamma: float = 0.9
+    """Discount per turn."""
+    gae_lambda: float = 0.95
+    """GAE's lambda."""
+    normalize: bool = True
+    """Normalise advantages over the update: subtract the mean, divide by the deviation."""
+    normalize_eps: float = 0.1
+    """Added to the deviation: keeps a batch without signal from being blown up."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            self, "lr", "value_lr", "adam_eps", "max_grad_norm", "epochs", "minibatch_turns",
+            "microbatch_turns", "clip", "length_scale", "normalize_eps",
+        )  # fmt: skip
+        _not_negative(
+            self,
+            "lr_final",
+            "weight_decay",
+            "thought_weight",
+            "value_coef",
+            "critic_steps",
+            "entropy_coef",
+        )
+        _fraction(self, "gamma", "gae_lambda")
+        if self.minibatch_turns % self.microbatch_turns:
+            raise ConfigError(
+                f"ppo.microbatch_turns={self.microbatch_turns} must divide ppo.minibatch_turns="
+                f"{self.minibatch_turns}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceConfig:
+    """How the teacher guides the agent's thoughts."""
+
+    _prefix = "guidance."
+
+    kind: Literal["none", "kl"] = "kl"
+    """`none` is RL4VLM; `kl` penalises the reverse KL to the teacher on the thought's tokens."""
+    estimator: Literal["clip", "k1", "abs", "k3", "full"] = "clip"
+    """KL estimate per token; `full` sums over the whole vocabulary."""
+    credit: Literal["advantage", "reward", "token"] = "advantage"
+    """Where it enters: each turn's advantage (the paper's equation), its reward (the paper's Algorithm 2),
+    or each token's advantage (dense; needs `ppo.ratio: token`)."""
+    monitor: bool = True
+    """With `none`: still measure the KL to the merge, which shows collapse, at the cost of a scoring pass."""
+    beta: float = 5.0
+    """Weight of the KL; 1 is the paper's."""
+    center: bool = True
+    """Subtract the KL's mean over the update first: a penalty that is never negative pushes every reply down."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "beta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The merge of the run's own checkpoints."""
+
+    _prefix = "teacher."
+
+    method: Literal["ties", "linear"] = "ties"
+    """How checkpoints are merged."""
+    density: float = 0.8
+    """TIES keeps this fraction of each change, the largest by magnitude."""
+    weights: Literal["sma", "ema"] = "sma"
+    """All checkpoints alike, or exponentially fewer for older ones."""
+    alpha: float = 0.5
+    """EMA's weight of the newest checkpoint."""
+    interval: int = 1
+    """Updates between merges."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "interval")
+        for name in ("density", "alpha"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"teacher.{name}={getattr(self, name)} must be in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """The evaluations a run makes by itself."""
+
+    _prefix = "eval."
+
+    episodes: int = 500
+    """Episodes before and after training, of student and merge; 0 switches them off."""
+    extra_splits: tuple[str, ...] = ()
+    """Further splits to evaluate before and after, such as `held-out-multisets`."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "episodes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveConfig:
+    """What a run keeps."""
+
+    _prefix = "save."
+
+    interval: int = 10
+    """Updates between checkpoints; the last update is always kept."""
+    keep: int = 2
+    """Checkpoints kept."""
+    trajectories: int = 4
+    """Episodes stored per update, with their frames."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "interval", "keep")
+        _not_negative(self, "trajectories")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run."""
+
+    _prefix = ""
+
+    run: str | None = None
+    """Run folder; null makes `runs/<config>-seed<seed>`, numbered if that exists."""
+    name: str = "run"
+    """Name of the recipe, for folders and reports."""
+    seed: int = 0
+    """The one seed; every stream of randomness is derived from it (docs/method.md)."""
+    env_steps: int = 7680
+    """Turns to collect in all; a whole number of updates is made of it."""
+    threads: int = 2
+    """CPU threads of torch."""
+    tensorboard: bool = False
+    """Write TensorBoard events too (extra `tensorboard`)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+
+    def __post_init__(self) -> None:
+        _positive(self, "env_steps", "threads")
+        _not_negative(self, "seed")
+        turns = self.turns_per_update
+        if turns % self.ppo.minibatch_turns:
+            raise ConfigError(
+                f"ppo.minibatch_turns={self.ppo.minibatch_turns} must divide env.num_envs * "
+                f"rollout.turns_per_env = {self.env.num_envs} * {self.rollout.turns_per_env} = {turns}"
+            )
+        if self.env_steps < turns:
+            raise ConfigError(
+                f"env_steps={self.env_steps} is less than one update of {turns} turns; raise env_steps or "
+                "lower env.num_envs or rollout.turns_per_env"
+            )
+        if self.guidance.credit == "token" and self.ppo.ratio != "token":
+            raise ConfigError("guidance.credit='token' needs ppo.ratio='token', got 'sequence'")
+
+    @property
+    def turns_per_update(self) -> int:
+        """T * N."""
+        return self.env.num_envs * self.rollout.turns_per_env
+
+    @property
+    def num_updates(self) -> int:
+        """Whole updates in `env_steps`."""
+        return self.env_steps // self.turns_per_update
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run, for the learning rate's cosine."""
+        return (
+            self.num_updates * self.ppo.epochs * self.turns_per_update // self.ppo.minibatch_turns
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemonstrationConfig:
+    """Demonstrations of one environment for `gtr-turbo sft`."""
+
+    _prefix = "demonstrations."
+
+    id: str = "EZPoints"
+    """Environment."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Its keyword arguments."""
+    turns: int = 4096
+    """Different turns to demonstrate."""
+    noise: float = 0.0
+    """Chance that the demonstrated action is replaced by a random legal one; thoughts stay right."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "turns")
+        _fraction(self, "noise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """Supervised fine-tuning on demonstrations of the environments' own experts."""
+
+    _prefix = ""
+
+    out: str | None = None
+    """Folder to write the model to."""
+    architecture: Literal["qwen3-vl", "qwen2.5-vl"] | None = None
+    """Begin with a tiny model of random weights instead of `model.path`."""
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(vision="trained"))
+    demonstrations: list[DemonstrationConfig] = field(
+        default_factory=lambda: [DemonstrationConfig()]
+    )
+    """What is learned."""
+    vision_steps: int = 0
+    """First train the vision tower alone for so many steps, with a throw-away head that names what the
+    frame shows. A tiny model with random weights does not learn to see without it."""
+    steps: int = 500
+    """Optimizer steps."""
+    batch_turns: int = 64
+    """Turns per optimizer step."""
+    lr: float = 2e-3
+    """Peak learning rate; linear warm-up, then linear decay to 0."""
+    warmup_steps: int = 50
+    """Steps of the warm-up."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay."""
+    seed: int = 0
+    """Seed of weights, demonstrations and order."""
+    threads: int = 1
+    """CPU threads of torch."""
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the written weights."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps", "batch_turns", "lr", "threads")
+        _not_negative(self, "vision_steps", "warmup_steps", "weight_decay", "seed")
+        if not self.demonstrations:
+            raise ConfigError("demonstrations is empty; name at least one environment")

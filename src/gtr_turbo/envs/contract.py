@@ -1,0 +1,290 @@
+"""What a visual-text environment is, a checker for it, and a wrapper that makes one of any Gymnasium env.
+
+The contract, on top of `gymnasium.Env`:
+
+* observation: `{"image": uint8 (H, W, 3) RGB, "prompt": str}`;
+* action: the action *string* the model wrote. An unknown string is the environment's to answer
+  (the card games pay -1); `step` must not raise on any string, the empty one included;
+* `fields`: class attribute, the JSON keys a reply must have, in order, `"action"` last;
+* `info["actions"]`: the legal action strings, when they can be listed;
+* `info["success"]`: bool, present in the info of the last step of an episode;
+* optional `judge(reply)`: facts about a parsed reply in the current state, any of `"perception"`
+  (what it says it sees is there), `"plan"` (its plan reaches the goal), `"agreement"` (its action
+  is the plan's next step);
+* optional `demonstrate(rng)`: a reply (dict of the fields) of an expert, for `gtr-turbo sft`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.spaces.utils import flatten_space
+
+Env = gymnasium.Env[dict[str, Any], str]
+
+SPLITS = ("all", "train", "held-out", "held-out-multisets")
+"""Splits of deals. `all` is the published distribution; the others partition it (environments.md)."""
+
+MAX_TEXT = 100_000
+
+
+class Observation(TypedDict):
+    """What the agent is shown: `image` uint8 (H, W, 3) RGB, and the text `prompt`."""
+
+    image: np.ndarray
+    prompt: str
+
+
+class ContractError(ValueError):
+    """An environment, or its name, does not keep the contract of this module."""
+
+
+class AnyText(spaces.Text):
+    """A `Text` space that contains every string of at most `MAX_TEXT` characters."""
+
+    def __init__(self) -> None:
+        super().__init__(MAX_TEXT, min_length=0)
+
+    def contains(self, x: Any) -> bool:
+        """True for any `str` that is not absurdly long, whatever its characters."""
+        return isinstance(x, str) and len(x) <= MAX_TEXT
+
+    def sample(self, mask: Any = None, probability: Any = None) -> str:
+        """A short random string."""
+        letters = self.np_random.choice(list("abc 123+-*/=()"), size=8)
+        return "".join(letters)
+
+
+def observation_space(height: int, width: int) -> spaces.Dict:
+    """The space of `Observation` with images of `height` x `width` pixels."""
+    image = spaces.Box(0, 255, (height, width, 3), np.uint8)
+    return spaces.Dict({"image": image, "prompt": AnyText()})
+
+
+def resolve_id(name: str) -> str:
+    """Turn `Points24`, `gtr/Points24-v0` or `module:EnvId` into a registered Gymnasium id.
+
+    Raises:
+        ContractError: the module cannot be imported, or no such id is registered.
+    """
+    module, _, env_id = name.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ContractError(
+                f"environment {name!r}: cannot import module {module!r} ({error}). "
+                "Give MODULE:ENV_ID with a module that is on PYTHONPATH and registers ENV_ID."
+            ) from error
+    known = gymnasium.registry
+    candidates = [env_id, f"gtr/{env_id}-v0", f"gtr/{env_id}", f"{env_id}-v0"]
+    for candidate in candidates:
+        if candidate in known:
+            return candidate
+    ours = [key for key in known if key.startswith("gtr/")]
+    bare = [key.removeprefix("gtr/").removesuffix("-v0") for key in ours]
+    close = difflib.get_close_matches(env_id, [*bare, *known], n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ContractError(
+        f"unknown environment {name!r}; built in: {', '.join(bare)}.{hint} "
+        "Your own: register it with Gymnasium in a module and name it MODULE:ENV_ID."
+    )
+
+
+def make_env(name: str, **options: Any) -> Env:
+    """Make an environment by name (see `resolve_id`), without Gymnasium's passive checker.
+
+    Raises:
+        ContractError: unknown name, or the environment does not take one of `options`.
+    """
+    env_id = resolve_id(name)
+    try:
+        return gymnasium.make(env_id, disable_env_checker=True, **options)
+    except TypeError as error:
+        raise ContractError(f"{env_id} does not take the options {options}: {error}") from error
+
+
+def _check_observation(name: str, observation: Any) -> None:
+    if not isinstance(observation, dict) or set(observation) != {"image", "prompt"}:
+        keys = sorted(observation) if isinstance(observation, dict) else type(observation).__name__
+        raise ContractError(
+            f"{name}: an observation must be a dict of image and prompt, got {keys}"
+        )
+    image, prompt = observation["image"], observation["prompt"]
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
+        raise ContractError(f"{name}: image must be a uint8 array, got {kind}")
+    if image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 8:
+        raise ContractError(f"{name}: image must be RGB (H, W, 3), got shape {image.shape}")
+    if not isinstance(prompt, str) or not prompt:
+        raise ContractError(f"{name}: prompt must be a non-empty str, got {prompt!r}")
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return a["prompt"] == b["prompt"] and np.array_equal(a["image"], b["image"])
+
+
+def _check_step(name: str, env: Env, action: str) -> tuple[Any, bool]:
+    try:
+        observation, reward, terminated, truncated, info = env.step(action)
+    except Exception as error:
+        raise ContractError(
+            f"{name}: step({action!r}) raised {type(error).__name__}: {error}. What the model says "
+            "is data: answer an unknown action with a reward, do not raise."
+        ) from error
+    _check_observation(name, observation)
+    if not np.isscalar(reward) or not np.isfinite(float(reward)):
+        raise ContractError(f"{name}: reward must be a finite number, got {reward!r}")
+    for flag, value in (("terminated", terminated), ("truncated", truncated)):
+        if not isinstance(value, (bool, np.bool_)):
+            raise ContractError(f"{name}: {flag} must be a bool, got {value!r}")
+    done = bool(terminated or truncated)
+    if done and not isinstance(info.get("success"), (bool, np.bool_)):
+        raise ContractError(
+            f"{name}: the last info of an episode must hold success=True or False, got "
+            f"{info.get('success')!r}"
+        )
+    return observation, done
+
+
+def check_env(env: Env | str, *, episodes: int = 3, max_turns: int = 200) -> None:
+    """Play an environment and verify the contract of this module.
+
+    Args:
+        env: an environment or its name.
+        episodes: episodes to play, with legal actions where they are listed.
+        max_turns: an episode longer than this breaks the contract (it needs a step limit).
+
+    Raises:
+        ContractError: says which rule is broken and the likely cause.
+    """
+    if isinstance(env, str):
+        env = make_env(env)
+    name = env.spec.id if env.spec is not None else type(env.unwrapped).__name__
+    fields = getattr(env.unwrapped, "fields", None)
+    if not isinstance(fields, tuple) or not fields or fields[-1] != "action":
+        raise ContractError(
+            f"{name}: class attribute `fields` must be a tuple of JSON keys with 'action' last, "
+            f"got {fields!r}"
+        )
+    first, info = env.reset(seed=7)
+    _check_observation(name, first)
+    again, _ = env.reset(seed=7)
+    if not _same(first, again):
+        raise ContractError(
+            f"{name}: reset(seed=7) twice gave two observations. Most likely reset does not call "
+            "super().reset(seed=seed), or draws from another generator than self.np_random."
+        )
+    rng = np.random.default_rng(0)
+    for episode in range(episodes):
+        _, info = env.reset(seed=episode)
+        for _ in range(max_turns):
+            actions = info.get("actions")
+            if actions is not None and (
+                not isinstance(actions, Sequence) or not all(isinstance(a, str) for a in actions)
+            ):
+                raise ContractError(f"{name}: info['actions'] must list strings, got {actions!r}")
+            action = str(rng.choice(list(actions))) if actions else "?"
+            _, done = _check_step(name, env, action)
+            if done:
+                break
+        else:
+            raise ContractError(
+                f"{name}: an episode did not end in {max_turns} turns; give it a step limit "
+                "(register(..., max_episode_steps=N))"
+            )
+    for ugly in ("", "no such action", "\x00\ud83c", "9" * 5000):
+        env.reset(seed=0)
+        _check_step(name, env, ugly)
+    flatten_space(spaces.Dict({"image": env.observation_space["image"]}))  # type: ignore[index]
+
+
+class DiscreteText(gymnasium.Wrapper[dict[str, Any], str, Any, Any]):
+    """A Gymnasium env with RGB frames and discrete actions, seen as a visual-text environment.
+
+    Made by `wrap_discrete`. An unknown action does not reach the env: nothing moves and the reward
+    is `illegal_reward`; such turns count towards `max_turns`.
+    """
+
+    fields = ("thoughts", "action")
+
+    def __init__(
+        self,
+        env: gymnasium.Env[Any, Any],
+        actions: Sequence[str],
+        prompt: str,
+        *,
+        illegal_reward: float = -1.0,
+        max_turns: int = 100,
+    ) -> None:
+        super().__init__(env)
+        if env.render_mode != "rgb_array":
+            raise ContractError(
+                f"{env}: wrap_discrete needs frames; make the env with render_mode='rgb_array' "
+                f"(it has {env.render_mode!r})"
+            )
+        if not isinstance(env.action_space, spaces.Discrete) or env.action_space.n != len(actions):
+            raise ContractError(
+                f"{env}: {len(actions)} action names were given for {env.action_space}; "
+                "wrap_discrete needs a Discrete space and one name per action, in order"
+            )
+        self._index = {name: i + int(env.action_space.start) for i, name in enumerate(actions)}
+        self._actions = list(actions)
+        self._prompt = prompt
+        self._illegal_reward = illegal_reward
+        self._max_turns = max_turns
+        self.action_space = AnyText()
+        env.reset(seed=0)
+        height, width, _ = self._frame().shape
+        self.observation_space = observation_space(height, width)
+
+    def _frame(self) -> np.ndarray:
+        return np.asarray(self.env.render(), dtype=np.uint8)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Start an episode."""
+        _, info = self.env.reset(seed=seed, options=options)
+        self._turns = 0
+        return {"image": self._frame(), "prompt": self._prompt}, {**info, "actions": self._actions}
+
+    def step(self, action: str) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """Play the action of that name; an unknown name plays nothing and pays `illegal_reward`."""
+        self._turns += 1
+        terminated = truncated = False
+        reward, info = self._illegal_reward, {}
+        if action in self._index:
+            _, reward, terminated, truncated, info = self.env.step(self._index[action])
+            reward = float(reward)
+        truncated = bool(truncated) or self._turns >= self._max_turns
+        info = {**info, "actions": self._actions}
+        if terminated or truncated:
+            info["success"] = bool(info.get("is_success", terminated and reward > 0))
+        observation = {"image": self._frame(), "prompt": self._prompt}
+        return observation, reward, bool(terminated), truncated, info
+
+
+def wrap_discrete(
+    env: gymnasium.Env[Any, Any], *, actions: Sequence[str], prompt: str, **options: Any
+) -> DiscreteText:
+    """Make a visual-text environment of any Gymnasium env with RGB frames and discrete actions.
+
+    Args:
+        env: made with `render_mode="rgb_array"`.
+        actions: a name for each action of `env`, in order.
+        prompt: the text shown each turn; it should ask for a JSON object with "thoughts" and "action".
+        options: `illegal_reward` (default -1) and `max_turns` (default 100).
+
+    Success is `info["is_success"]` where the env gives it, else: it terminated with a positive reward.
+
+    Raises:
+        ContractError: no frames, or the names do not fit the action space.
+    """
+    return DiscreteText(env, actions, prompt, **options)

@@ -1,0 +1,1 @@
+"""Equations: tensors and numbers in, tensors out. No config is seen here."""

@@ -1,0 +1,211 @@
+"""The update: several epochs of minibatches over the turns of one rollout, PPO and critic together.
+
+Holds `loss.backward()` and `optimizer.step()`. Guidance arrives inside the batch, as advantages.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from gtr_turbo.config import PPOConfig
+from gtr_turbo.learning import losses
+from gtr_turbo.policy.model import Policy
+from gtr_turbo.policy.scoring import Scores, score
+from gtr_turbo.turns.batch import Batch, select
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: a loss or gradient is not finite, or sampler and scoring disagree."""
+
+
+def make_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.AdamW:
+    """AdamW with two groups: the model (first), and the critic with its own learning rate."""
+    model = {"params": list(policy.trained().values()), "lr": config.lr}
+    critic = {
+        "params": list(policy.value_head.parameters()),
+        "lr": config.value_lr,
+        "weight_decay": 0.0,
+    }
+    return torch.optim.AdamW(
+        [model, critic], eps=config.adam_eps, weight_decay=config.weight_decay, foreach=True
+    )
+
+
+def _policy_loss(
+    scores: Scores, batch: Batch, rows: Tensor, config: PPOConfig
+) -> tuple[Tensor, Tensor]:
+    """((B,) loss, (B, R) log-ratio of each token, 0 on padding)."""
+    width = scores.logprobs.shape[1]
+    device = scores.logprobs.device
+    old = batch.old_logprobs[rows, :width].to(device)
+    thought = batch.thought_mask[rows, :width].to(device)
+    real = batch.inputs.response_mask[rows, :width].to(device)
+    assert batch.advantages is not None
+    advantages = batch.advantages[rows].to(device)
+    if config.ratio == "sequence":
+        weight = config.thought_weight
+        new_composite = losses.composite_logprob(
+            scores.logprobs, thought, real, thought_weight=weight
+        )
+        old_composite = losses.composite_logprob(old, thought, real, thought_weight=weight)
+        loss = losses.clipped_surrogate(new_composite, old_composite, advantages, clip=config.clip)
+        return loss, (scores.logprobs - old) * real
+    if advantages.ndim == 1:
+        advantages = advantages[:, None]
+    surrogate = losses.clipped_surrogate(
+        scores.logprobs, old, advantages[:, :width], clip=config.clip
+    )
+    weights = losses.token_weights(thought, real, thought_weight=config.thought_weight)
+    return (weights * surrogate).sum(1) / config.length_scale, (scores.logprobs - old) * real
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    config: PPOConfig,
+    *,
+    seed: int,
+    progress: float,
+    progress_after: float,
+    max_logprob_gap: float,
+) -> dict[str, float]:
+    """Train on one batch; returns what docs/metrics.md calls the `ppo` and `critic` groups.
+
+    Args:
+        policy: its weights change.
+        optimizer: from `make_optimizer`.
+        batch: with advantages and returns.
+        config: all settings of the update.
+        seed: of the minibatches' order (and of dropout, where there is any).
+        progress: fraction of the run done before this update, for the learning rate.
+        progress_after: fraction done after it.
+        max_logprob_gap: bound on the mean absolute difference between the log-probs recorded at sampling
+            and those of the first minibatch, before any step.
+
+    Raises:
+        TrainingError: a gradient is not finite, or the bound is passed. No step is made then.
+    """
+    assert batch.returns is not None
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    sums: dict[str, list[float]] = defaultdict(list)
+    steps_per_epoch = len(batch) // config.minibatch_turns
+    total = config.epochs * steps_per_epoch
+    policy.model.train()
+    for step in range(total):
+        if step % steps_per_epoch == 0:
+            order = torch.randperm(len(batch), generator=generator)
+        at = (step % steps_per_epoch) * config.minibatch_turns
+        lr = cosine(
+            config.lr, config.lr_final, progress + (progress_after - progress) * step / total
+        )
+        optimizer.param_groups[0]["lr"] = lr
+        _minibatch(policy, batch, order[at : at + config.minibatch_turns], config, sums)
+        if step == 0:
+            _check_gap(sums, max_logprob_gap)
+        _step(policy, optimizer, config, sums)
+    policy.model.eval()
+    _critic_steps(policy, optimizer, batch, config, generator)
+    with torch.no_grad():
+        values = policy.value_head(batch.hidden.to(policy.device)).cpu()
+    stats = {name: sum(numbers) / len(numbers) for name, numbers in sums.items()}
+    stats["ppo/first_log_ratio"] = sums["ppo/log_ratio_max"][0]
+    del stats["ppo/log_ratio_max"], stats["ppo/log_ratio_abs"]
+    stats["ppo/lr"] = lr
+    stats["critic/explained_variance_before"] = losses.explained_variance(
+        batch.old_values, batch.returns
+    )
+    stats["critic/explained_variance"] = losses.explained_variance(values, batch.returns)
+    return stats
+
+
+def cosine(first: float, last: float, fraction: float) -> float:
+    """Cosine from `first` at 0 to `last` at 1."""
+    return last + 0.5 * (first - last) * (1 + float(torch.cos(torch.tensor(fraction * torch.pi))))
+
+
+def _minibatch(
+    policy: Policy, batch: Batch, rows: Tensor, config: PPOConfig, sums: dict[str, list[float]]
+) -> None:
+    """Accumulate the gradients of one minibatch, micro-batch by micro-batch."""
+    assert batch.returns is not None
+    for micro in rows.split(config.microbatch_turns):
+        inputs = select(batch.inputs, micro)
+        scores = score(policy, inputs)
+        real = inputs.response_mask.to(scores.logprobs.device)
+        surrogate, log_ratio = _policy_loss(scores, batch, micro, config)
+        hidden = scores.hidden if config.value_gradient else scores.hidden.detach()
+        values = policy.value_head(hidden)
+        old_values, returns = (
+            x[micro].to(values.device) for x in (batch.old_values, batch.returns)
+        )
+        value = losses.value_loss(values, old_values, returns, clip=config.clip)
+        entropy = losses.masked_mean(scores.entropy, real, dim=1)
+        loss = surrogate + config.value_coef * value - config.entropy_coef * entropy
+        (loss.sum() / len(rows)).backward()
+        with torch.no_grad():
+            ratio = log_ratio.exp()
+            clipped = ((ratio - 1).abs() > config.clip).float()
+            for name, number in {
+                "ppo/policy_loss": surrogate.mean(),
+                "ppo/entropy": entropy.mean(),
+                "ppo/approx_kl": losses.masked_mean(ratio - 1 - log_ratio, real),
+                "ppo/clip_fraction": losses.masked_mean(clipped, real),
+                "ppo/log_ratio_max": log_ratio.abs().max(),
+                "ppo/log_ratio_abs": losses.masked_mean(log_ratio.abs(), real),
+                "critic/loss": value.mean(),
+            }.items():
+                sums[name].append(float(number))
+
+
+def _check_gap(sums: dict[str, list[float]], bound: float) -> None:
+    gap = max(sums["ppo/log_ratio_abs"])
+    if gap > bound:
+        raise TrainingError(
+            f"before any step, scoring differs from sampling by {gap:.3g} nats per token (bound "
+            f"rollout.max_logprob_gap={bound}). The weights that sampled are not those that are trained, or "
+            "the type is too coarse: set rollout.rescore: true for bfloat16."
+        )
+
+
+def _step(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    config: PPOConfig,
+    sums: dict[str, list[float]],
+) -> None:
+    norm = nn.utils.clip_grad_norm_(policy.trained().values(), config.max_grad_norm)
+    critic_norm = nn.utils.clip_grad_norm_(policy.value_head.parameters(), config.max_grad_norm)
+    if not (torch.isfinite(norm) and torch.isfinite(critic_norm)):
+        optimizer.zero_grad(set_to_none=True)
+        raise TrainingError(
+            f"the gradient norm is {float(norm)} (critic {float(critic_norm)}): no step was made. Lower "
+            "ppo.lr or ppo.value_lr and resume from the last checkpoint."
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    sums["ppo/grad_norm"].append(float(norm))
+    sums["critic/grad_norm"].append(float(critic_norm))
+
+
+def _critic_steps(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    config: PPOConfig,
+    generator: torch.Generator,
+) -> None:
+    """Fit the critic further on the stored hidden states; the model has no gradient, so it stays."""
+    assert batch.returns is not None
+    hidden, returns = batch.hidden.to(policy.device), batch.returns.to(policy.device)
+    for _ in range(config.critic_steps):
+        rows = torch.randperm(len(batch), generator=generator)[: config.minibatch_turns]
+        loss = 0.5 * ((policy.value_head(hidden[rows]) - returns[rows]) ** 2).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(policy.value_head.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)

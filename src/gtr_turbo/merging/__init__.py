@@ -1,0 +1,1 @@
+"""Merging of checkpoints: usable alone, knows neither policy nor environment."""

@@ -1,0 +1,375 @@
+"""The agent's weights: a vision-language model, adapters, a value head, and the teacher on top of it.
+
+One set of weights is resident. The teacher is a set of replacement tensors for the parameters that
+training changes; `Policy.as_teacher` puts them in place for a scoring pass and takes them out again,
+bit for bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gtr_turbo.config import ConfigError, ModelConfig
+from gtr_turbo.policy import starter
+from gtr_turbo.policy.processing import QWEN, Processor
+from gtr_turbo.turns.turn import Observed
+
+VISION = ("visual", "vision_tower", "vision_model", "vision_encoder")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def model_folder(path: str) -> str:
+    """`tiny-qwen3-vl` and `tiny-qwen2.5-vl` are the shipped starters; all else is a folder or a hub name."""
+    if path.startswith("tiny-"):
+        name = path.removeprefix("tiny-")
+        if name in starter.ARCHITECTURES:
+            return str(starter.FOLDER / name)
+    return path
+
+
+class ValueHead(nn.Module):
+    """MLP hidden -> 1024 -> 512 -> 1 with ReLU (RL4VLM), in float32."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(hidden_size, 1024),
+            nn.ReLU(),
+            nn.Linear(1024, 512),
+            nn.ReLU(),
+            nn.Linear(512, 1),
+        )
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, D) -> (B,)."""
+        return self.layers(hidden.float()).squeeze(-1)
+
+
+class Policy(nn.Module):
+    """A vision-language model that acts, with its critic and its teacher.
+
+    Attributes:
+        model: the `transformers` model (wrapped by `peft` if adapters are trained).
+        processor: its tokenizer and image processor.
+        value_head: the critic.
+        temperature: of sampling; scoring divides the logits by it, so that what is optimised is what
+            was sampled.
+    """
+
+    def __init__(self, config: ModelConfig, *, temperature: float, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.temperature = temperature
+        base = _load(config)
+        self.processor = Processor(model_folder(config.path), base.config.model_type)
+        self.caches_features = config.vision == "frozen" and _takes_features(base)
+        self._plain = base
+        torch.manual_seed(seed)
+        self.model: Any = _add_adapters(base, config) if config.train == "lora" else base
+        if config.train == "full":
+            for name, parameter in base.named_parameters():
+                parameter.requires_grad_(config.vision == "trained" or not _is_vision(name))
+        if config.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.enable_input_require_grads()
+        self.value_head = ValueHead(base.config.get_text_config().hidden_size)
+        self.to(torch.device(config.device))
+        self.model.eval()
+        self._start = None if config.train == "lora" else self._copy_trained()
+        self._teacher: dict[str, Tensor] | None = None
+        self._teacher_norm = 0.0
+        self._hidden: list[Tensor] = []
+        base.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
+        self._accepts = set(inspect.signature(base.forward).parameters)
+        self._positions: dict[tuple[bytes, tuple[int, ...]], Tensor] = {}
+        banned = torch.zeros(base.get_output_embeddings().weight.shape[0], dtype=torch.bool)
+        banned[self.processor.banned_token_ids] = True
+        self.register_buffer("banned", banned.to(self.device), persistent=False)
+
+    # -- weights -------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self._plain.parameters()).device
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Parameters of the model (not of the critic) that training changes, by name."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def _copy_trained(self) -> dict[str, Tensor]:
+        return {n: p.detach().to("cpu", torch.float32).clone() for n, p in self.trained().items()}
+
+    @torch.no_grad()
+    def deltas(self) -> Iterator[tuple[str, Tensor]]:
+        """Changes of the effective weights against the run's starting point, one tensor at a time.
+
+        Yields:
+            (name of the base model's parameter, float32 tensor on the CPU). With adapters the change of
+            a layer is `scale * B @ A`; with full training it is the parameter minus its start.
+        """
+        if self._start is not None:
+            for name, parameter in self.trained().items():
+                yield name, parameter.detach().to("cpu", torch.float32) - self._start[name]
+            return
+        for name, layer in self._adapted():
+            scale = layer.scaling["default"]
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            yield name, (scale * (b.float() @ a.float())).cpu()
+
+    def _adapted(self) -> Iterator[tuple[str, Any]]:
+        for name, module in self._plain.named_modules():
+            if hasattr(module, "lora_A") and "default" in module.lora_A:
+                yield f"{name}.weight", module
+
+    @property
+    def has_teacher(self) -> bool:
+        """True once a teacher was loaded."""
+        return self._teacher is not None
+
+    @torch.no_grad()
+    def load_teacher(self, change: Mapping[str, Tensor]) -> None:
+        """Make `start + change` the teacher.
+
+        Args:
+            change: for every name that `deltas` yields, a float32 tensor on the CPU.
+
+        Raises:
+            KeyError: a name is missing or unknown.
+        """
+        self._teacher_norm = sum(float((tensor**2).sum()) for tensor in change.values()) ** 0.5
+        if self._start is not None:
+            if set(change) != set(self._start):
+                raise KeyError(
+                    f"teacher tensors do not match: {sorted(set(change) ^ set(self._start))[:5]}"
+                )
+            self._teacher = {name: self._start[name] + change[name] for name in self._start}
+            return
+        layers = dict(self._adapted())
+        if set(change) != set(layers):
+            raise KeyError(f"teacher tensors do not match: {sorted(set(change) ^ set(layers))[:5]}")
+        self._teacher = {
+            name: (layer.base_layer.weight.detach().float().cpu() + change[name])
+            for name, layer in layers.items()
+        }
+
+    def teacher_state(self) -> dict[str, Tensor]:
+        """The teacher's tensors, exactly.
+
+        Raises:
+            RuntimeError: no teacher was loaded.
+        """
+        if self._teacher is None:
+            raise RuntimeError("there is no teacher yet: load_teacher() was never called")
+        return {**self._teacher, "norm": torch.tensor(self._teacher_norm, dtype=torch.float64)}
+
+    def load_teacher_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `teacher_state` gave."""
+        self._teacher = {name: tensor for name, tensor in state.items() if name != "norm"}
+        self._teacher_norm = float(state["norm"])
+
+    def teacher_distance(self) -> float:
+        """Euclidean norm of the teacher's change against the run's starting point."""
+        return self._teacher_norm
+
+    @contextmanager
+    def as_teacher(self) -> Iterator[None]:
+        """Inside the block the model computes with the teacher's weights; after it with its own.
+
+        The exchange is by copying into the parameters and back from an exact copy, tensor by tensor; no
+        second model is on the device.
+
+        Raises:
+            RuntimeError: no teacher was loaded.
+        """
+        if self._teacher is None:
+            raise RuntimeError("there is no teacher yet: load_teacher() was never called")
+        if self._start is not None:
+            targets: dict[str, nn.Parameter] = self.trained()
+        else:
+            targets = {name: layer.base_layer.weight for name, layer in self._adapted()}
+        own = {name: parameter.detach().to("cpu", copy=True) for name, parameter in targets.items()}
+        try:
+            with torch.no_grad():
+                for name, parameter in targets.items():
+                    parameter.copy_(self._teacher[name])
+            if self._start is None:
+                with self.model.disable_adapter():
+                    yield
+            else:
+                yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in targets.items():
+                    parameter.copy_(own[name])
+
+    def save_student(self, path: Path) -> None:
+        """Write the agent: a PEFT adapter folder, or a `transformers` folder with its processor."""
+        self.model.save_pretrained(path)
+        if self.config.train == "full":
+            self.processor.save(path)
+
+    def save_teacher(self, path: Path) -> None:
+        """Write the teacher as a `transformers` folder with its processor.
+
+        Raises:
+            RuntimeError: no teacher was loaded.
+        """
+        with self.as_teacher():
+            if self.config.train == "full":
+                self.model.save_pretrained(path)
+            else:
+                state = {
+                    name.replace(".base_layer", ""): tensor
+                    for name, tensor in self._plain.state_dict().items()
+                    if "lora_" not in name
+                }
+                self._plain.save_pretrained(path, state_dict=state)
+        self.processor.save(path)
+
+    # -- inputs --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def observe(self, frames: list[np.ndarray], prompts: list[str]) -> list[Observed]:
+        """Tokenise observations; compute visual features once where the vision tower is frozen."""
+        rows = self.processor.encode(frames, prompts)
+        grids = [self.processor.grid(frame) if self.processor.native else None for frame in frames]
+        features: list[Tensor] | list[None] = [None] * len(rows)
+        if self.caches_features:
+            features = self._encode_images(self.processor.image_inputs(frames))
+        return [
+            Observed(
+                prompt_ids=ids,
+                positions=self._prompt_positions(ids, grids[i]),
+                frame=frames[i],
+                features=features[i],
+                grid=grids[i],
+            )
+            for i, ids in enumerate(rows)
+        ]
+
+    def _encode_images(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        out = self._plain.model.get_image_features(
+            inputs["pixel_values"].to(self.device),
+            inputs["image_grid_thw"].to(self.device),
+            return_dict=True,
+        )
+        layers = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+        return [
+            torch.cat([layer[i] for layer in layers], -1) for i in range(len(out.pooler_output))
+        ]
+
+    def _prompt_positions(self, ids: Tensor, grid: Tensor | None) -> Tensor | None:
+        """(3, P) rotary positions; the same layout is asked for again and again, so they are kept."""
+        index = getattr(self._plain.model, "get_rope_index", None)
+        if index is None or grid is None:
+            return None
+        kinds = (ids == self.processor.image_token_id).int()
+        key = (kinds.numpy().tobytes(), tuple(grid.flatten().tolist()))
+        if key not in self._positions:
+            if len(self._positions) > 4096:
+                self._positions.clear()
+            self._positions[key] = index(ids[None], kinds[None], image_grid_thw=grid)[0][:, 0]
+        return self._positions[key]
+
+    def image_arguments(self, observed: list[Observed] | tuple[Observed, ...]) -> dict[str, Any]:
+        """Keyword arguments of a forward pass that carry the images of `observed`."""
+        if observed[0].features is None:
+            inputs = self.processor.image_inputs([o.frame for o in observed])
+            return {key: value.to(self.device) for key, value in inputs.items()}
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+            BaseModelOutputWithDeepstackFeatures,
+        )
+
+        size = self._plain.config.get_text_config().hidden_size
+        layers = [o.features.split(size, -1) for o in observed if o.features is not None]
+        first, *deep = zip(*layers, strict=True)
+        output = BaseModelOutputWithDeepstackFeatures(
+            pooler_output=tuple(first), deepstack_features=[tuple(layer) for layer in deep]
+        )
+        grid = torch.cat([o.grid for o in observed if o.grid is not None]).to(self.device)
+        return {"mm_encoder_outputs": {"image": output}, "image_grid_thw": grid}
+
+    def _keep_hidden(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self._hidden.append(arguments[0])
+
+    def forward_hidden(self, **arguments: Any) -> tuple[Any, Tensor]:
+        """One forward pass; returns its output and the hidden states (B, kept, D) behind its logits."""
+        if "mm_token_type_ids" in self._accepts and "image_grid_thw" in arguments:
+            kinds = (arguments["input_ids"] == self.processor.image_token_id).int()
+            arguments["mm_token_type_ids"] = kinds
+        self._hidden.clear()
+        output = self._plain(**arguments)
+        hidden = self._hidden.pop()
+        return output, hidden
+
+    def policy_logits(self, logits: Tensor) -> Tensor:
+        """Float32 logits of the policy: banned tokens at -inf, divided by the sampling temperature."""
+        logits = logits.float().masked_fill(self.banned, -torch.inf)
+        return logits / self.temperature
+
+
+def _is_vision(name: str) -> bool:
+    return any(part in VISION for part in name.split("."))
+
+
+def _takes_features(model: Any) -> bool:
+    return (
+        model.config.model_type in QWEN
+        and "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+        and hasattr(model.model, "get_image_features")
+    )
+
+
+def _load(config: ModelConfig) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    path = model_folder(config.path)
+    try:
+        return AutoModelForImageTextToText.from_pretrained(
+            path, dtype=DTYPES[config.dtype], attn_implementation=config.attention
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.path={config.path!r} cannot be loaded: {error}. Give tiny-qwen3-vl, tiny-qwen2.5-vl, a "
+            "folder that save_pretrained wrote, or a hub name of an image-text-to-text model."
+        ) from error
+
+
+def linear_layers(model: nn.Module, *, vision: bool) -> list[str]:
+    """Names of the linear layers that get adapters: all of the language model, none of the heads."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and "lm_head" not in name
+        and (vision or not _is_vision(name))
+        and not (
+            not vision
+            and any(part in ("multi_modal_projector", "connector") for part in name.split("."))
+        )
+    ]
+
+
+def _add_adapters(base: Any, config: ModelConfig) -> Any:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if config.adapter:
+        return PeftModel.from_pretrained(base, config.adapter, is_trainable=True)
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=linear_layers(base, vision=config.vision == "trained"),
+    )
+    return get_peft_model(base, lora)

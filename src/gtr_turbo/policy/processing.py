@@ -1,0 +1,149 @@
+"""From (frame, prompt) to token ids and image tensors, for one image a turn.
+
+Qwen's vision-language models go through a thin processor of our own (tokenizer, PIL image processor,
+chat template): the stock one wants a video processor, and with it torchvision. Every other model goes
+through `transformers.AutoProcessor`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class Processor:
+    """Tokenizer, image processor and chat template of one model.
+
+    Attributes:
+        image_token_id: the placeholder; a prompt holds one for each visual token.
+        end_token_id: ends a reply.
+        pad_token_id: fills batches; masked everywhere.
+        banned_token_ids: image, video and vision tokens. The policy gives them probability 0: a sampled
+            placeholder without pixels behind it would break the next forward pass.
+    """
+
+    def __init__(self, path: str | Path, model_type: str) -> None:
+        from transformers import AutoProcessor, AutoTokenizer
+
+        self.native = model_type in QWEN
+        if self.native:
+            from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+                Qwen2VLImageProcessorPil,
+            )
+
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+            self._stock: Any = None
+        else:
+            self._stock = AutoProcessor.from_pretrained(path)
+            self.tokenizer = self._stock.tokenizer
+            self.image_processor = self._stock.image_processor
+        specials = self.tokenizer.all_special_tokens + [
+            token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special
+        ]
+        self._specials = sorted(set(specials), key=len, reverse=True)
+        self._grids: dict[tuple[int, ...], Tensor] = {}
+        self.image_token_id = self._image_token_id()
+        self.end_token_id: int = self.tokenizer.eos_token_id
+        pad = self.tokenizer.pad_token_id
+        self.pad_token_id: int = self.end_token_id if pad is None else pad
+        marks = ("image", "video", "vision")
+        self.banned_token_ids = sorted(
+            {self.image_token_id}
+            | {
+                self.tokenizer.convert_tokens_to_ids(token)
+                for token in self._specials
+                if any(mark in token for mark in marks)
+            }
+        )
+
+    def _image_token_id(self) -> int:
+        if self.native:
+            return int(self.tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+        return int(self.tokenizer.convert_tokens_to_ids(self._stock.image_token))
+
+    def save(self, path: Path) -> None:
+        """Write the tokenizer and image processor beside a model."""
+        (self._stock or self.tokenizer).save_pretrained(path)
+        if self._stock is None:
+            self.image_processor.save_pretrained(path)
+
+    def clean(self, text: str) -> str:
+        """`text` without the model's special tokens: text of an environment is data, never markup."""
+        for token in self._specials:
+            text = text.replace(token, "")
+        return text
+
+    def image_inputs(self, frames: list[np.ndarray]) -> dict[str, Tensor]:
+        """Image tensors of the model for `frames` (uint8 (H, W, 3)), concatenated along dimension 0."""
+        images = [Image.fromarray(frame) for frame in frames]
+        return dict(self.image_processor(images=images, return_tensors="pt"))
+
+    def shrink(self, frame: np.ndarray) -> np.ndarray:
+        """The frame at the size the model sees, where that is known: what `image_inputs` makes of it
+        does not change.
+        """
+        if not self.native:
+            return frame
+        _, height, width = (int(n) * self.image_processor.patch_size for n in self.grid(frame)[0])
+        return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+
+    def grid(self, frame: np.ndarray) -> Tensor:
+        """(1, 3) patches in time, height and width of a frame of this size (Qwen's models)."""
+        if frame.shape not in self._grids:
+            self._grids[frame.shape] = self.image_inputs([frame])["image_grid_thw"]
+        return self._grids[frame.shape]
+
+    def encode(self, frames: list[np.ndarray], prompts: list[str]) -> list[Tensor]:
+        """Prompt ids, (P,) int64 each, with the image placeholder expanded to the image's tokens."""
+        texts = [self._chat(self.clean(prompt)) for prompt in prompts]
+        if not self.native:
+            images = [[Image.fromarray(frame)] for frame in frames]
+            encoded = self._stock(text=texts, images=images, padding=True, return_tensors="pt")
+            rows = zip(encoded["input_ids"], encoded["attention_mask"].bool(), strict=True)
+            return [row[keep] for row, keep in rows]
+        merge = self.image_processor.merge_size**2
+        counts = [int(self.grid(frame).prod()) // merge for frame in frames]
+        token = "<|image_pad|>"
+        texts = [t.replace(token, token * n) for t, n in zip(texts, counts, strict=True)]
+        return [
+            torch.tensor(row)
+            for row in self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ]
+
+    def _chat(self, prompt: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        messages = [{"role": "user", "content": content}]
+        template = self.tokenizer if self._stock is None else self._stock
+        return str(
+            template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+
+    def reply_ids(self, text: str) -> Tensor:
+        """Ids of a reply with its end token, for imitation; (R,) int64."""
+        ids = self.tokenizer(self.clean(text), add_special_tokens=False)["input_ids"]
+        return torch.tensor([*ids, self.end_token_id])
+
+    def decode(self, ids: Tensor | list[int]) -> str:
+        """Text of reply ids, special tokens included as they stand."""
+        return str(
+            self.tokenizer.decode(
+                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )

@@ -1,0 +1,162 @@
+"""Tiny models of real classes (Qwen3-VL, Qwen2.5-VL) with random weights: where `gtr-turbo sft` begins.
+
+1.6 M parameters, 112x112 pixels, 16 visual tokens. The trained ones ship in `gtr_turbo/starters/`; the
+commands that made them are in `docs/starters.md`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gtr_turbo.policy.processing import CHAT_TEMPLATE
+
+ARCHITECTURES = ("qwen3-vl", "qwen2.5-vl")
+FOLDER = Path(__file__).parent.parent / "starters"
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+PIECES = (
+    '{"cards": [',
+    '], "formula": "',
+    '", "thoughts": "',
+    '", "action": "',
+    '"}',
+    '{"current number": "',
+    '", "target number": "',
+    '{"thoughts": "',
+    ", ",
+)
+"""Pieces of the JSON that the card games ask for: one token each, so that a tiny model can write them."""
+
+TEXT = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "attention_dropout": 0.0,
+}
+
+
+def tokenizer() -> Any:
+    """Byte-level BPE over the words of our prompts; numbers up to 199 are one token each."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from gtr_turbo import prompts
+
+    fast = Tokenizer(models.BPE())
+    pattern = Regex(r"\d{1,3}|[-+*/=()]| ?[A-Za-z_]+|[^\sA-Za-z\d]|\s")
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    fast.decoder = decoders.ByteLevel()
+    letters = ("x", "y", "z", "w")
+    texts = [
+        prompts.number_line(),
+        prompts.blackjack(),
+        prompts.points(24, letters, "", ()),
+        prompts.points_reduction(24, letters, "", "1 2"),
+        prompts.points_formula(24, letters),
+        " token reduction formula against soft no way stand hit",
+    ]
+    words = [word for text in texts for word in re.findall(r" ?[A-Za-z]+", text)]
+    words += ["user", "assistant", "numberline", "blackjack", "ezpoints", "points"]
+    corpus = [str(n) for n in range(200)] * 40 + words * 40
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048,
+        min_frequency=30,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(SPECIAL),
+        show_progress=False,
+    )
+    fast.train_from_iterator(corpus, trainer)
+    fast.add_tokens([AddedToken(piece, normalized=False) for piece in PIECES])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL[3:]),
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build(architecture: str, path: Path, seed: int) -> None:
+    """Write a tiny model with random weights, its tokenizer and image processor into `path`.
+
+    Raises:
+        ValueError: unknown architecture.
+    """
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+    )
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture {architecture!r} is not one of {', '.join(ARCHITECTURES)}")
+    words = tokenizer()
+    ids = {name: words.convert_tokens_to_ids(token) for name, token in (
+        ("image_token_id", "<|image_pad|>"),
+        ("video_token_id", "<|video_pad|>"),
+        ("vision_start_token_id", "<|vision_start|>"),
+        ("vision_end_token_id", "<|vision_end|>"),
+    )}  # fmt: skip
+    text = {**TEXT, "vocab_size": len(words), "pad_token_id": words.pad_token_id}
+    text |= {"eos_token_id": words.eos_token_id, "bos_token_id": None}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+    vision = {
+        "depth": 2,
+        "hidden_size": 96,
+        "intermediate_size": 288,
+        "num_heads": 4,
+        "patch_size": 14,
+    }
+    vision |= {
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": TEXT["hidden_size"],
+    }
+    torch.manual_seed(seed)
+    model: Any
+    if architecture == "qwen3-vl":
+        rope |= {"mrope_interleaved": True}
+        text |= {"head_dim": 32, "rope_parameters": rope}
+        vision |= {"num_position_embeddings": 256, "deepstack_visual_indexes": [1]}
+        config: Any = Qwen3VLConfig(
+            text_config=text, vision_config=vision, tie_word_embeddings=True, **ids
+        )
+        model = Qwen3VLForConditionalGeneration(config)
+    else:
+        text |= {"rope_parameters": rope}
+        vision |= {"window_size": 112, "fullatt_block_indexes": [0, 1]}
+        config = Qwen2_5_VLConfig(
+            text_config=text, vision_config=vision, tie_word_embeddings=True, **ids
+        )
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    path.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(path)
+    words.save_pretrained(path)
+    # smart_resize floors on a float edge: 112 * 112 pixels would give 84x84, so the bounds leave slack
+    size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112 + 112}
+    Qwen2VLImageProcessorPil(
+        patch_size=14, temporal_patch_size=2, merge_size=2, size=size
+    ).save_pretrained(path)

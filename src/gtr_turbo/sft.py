@@ -1,0 +1,189 @@
+"""`gtr-turbo sft`: imitate the environments' own experts. It makes the model that RL starts from.
+
+Leaves out: RL, teachers, packing. One pass of this over a base model is the published start.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gtr_turbo.config import ConfigError, DemonstrationConfig, ModelConfig, SFTConfig
+from gtr_turbo.envs import make_env
+from gtr_turbo.policy import starter
+from gtr_turbo.policy.model import DTYPES, Policy
+from gtr_turbo.policy.scoring import score
+from gtr_turbo.turns.batch import make_inputs
+from gtr_turbo.turns.turn import Observed
+
+Report = Callable[[dict[str, float]], None]
+CLASSES = 32  # numbers a frame can show, 0..31, for the throw-away head
+SLOTS = 16
+
+
+def visible(info: Mapping[str, Any]) -> Tensor:
+    """(SLOTS,) int64: the numbers a frame shows, by place; -100 where there is none.
+
+    Read from the truth an environment puts into `info` (docs/environments.md): `numbers` of n cards,
+    `target` and `current`, `player` and `dealer`.
+    """
+    labels = torch.full((SLOTS,), -100)
+    numbers = info.get("numbers", ())
+    offset = {2: 0, 4: 2}.get(len(numbers), 0)
+    labels[offset : offset + len(numbers)] = torch.tensor(numbers, dtype=torch.long)
+    for slot, key in enumerate(("target", "current", "player", "dealer"), start=8):
+        if key in info:
+            labels[slot] = int(info[key])
+    return labels
+
+
+class Demonstrations:
+    """Observations, expert replies, and what the frames show."""
+
+    def __init__(self) -> None:
+        self.observed: list[Observed] = []
+        self.replies: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def collect(self, policy: Policy, config: DemonstrationConfig, seed: int) -> None:
+        """Let the expert of an environment play until `config.turns` turns are recorded.
+
+        Raises:
+            ConfigError: the environment has no `demonstrate`.
+        """
+        env = make_env(config.id, **config.options)
+        expert = getattr(env.unwrapped, "demonstrate", None)
+        if expert is None:
+            raise ConfigError(
+                f"{config.id} has no demonstrate(rng): nothing to imitate (docs/environments.md)"
+            )
+        rng = np.random.default_rng(seed)
+        wanted, done = len(self.replies) + config.turns, True
+        observation, info = env.reset(seed=seed)
+        while len(self.replies) < wanted:
+            if done:
+                observation, info = env.reset()
+            reply = expert(rng)
+            action = reply["action"]
+            if rng.random() < config.noise and info.get("actions"):
+                reply = {**reply, "action": str(rng.choice(info["actions"]))}
+            frame = policy.processor.shrink(observation["image"])
+            self.observed += policy.observe([frame], [observation["prompt"]])
+            self.replies.append(policy.processor.reply_ids(json.dumps(reply)))
+            self.labels.append(visible(info))
+            observation, _, terminated, truncated, info = env.step(action)
+            done = terminated or truncated
+
+
+def _schedule(config: SFTConfig, step: int, steps: int) -> float:
+    return min((step + 1) / max(1, config.warmup_steps), (steps - step) / steps)
+
+
+def _batches(count: int, size: int, steps: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat(
+        [torch.randperm(count, generator=generator) for _ in range(steps * size // count + 1)]
+    )
+    return list(order[: steps * size].split(size))
+
+
+def _optimizer(parameters: Any, config: SFTConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay, foreach=True
+    )
+
+
+def pretrain_vision(
+    policy: Policy, data: Demonstrations, config: SFTConfig, report: Report
+) -> None:
+    """Train the vision tower to name what frames show, with a linear head that is thrown away."""
+    shown = [i for i, label in enumerate(data.labels) if (label >= 0).any()]
+    tower = policy.model.model
+    size = policy.observe([data.observed[0].frame], [""])[0].grid
+    tokens = int(size.prod()) // 4 if size is not None else 0
+    width = policy.model.config.get_text_config().hidden_size
+    head = nn.Linear(tokens * width, SLOTS * CLASSES)
+    parameters = [p for n, p in policy.model.named_parameters() if "visual" in n]
+    optimizer = _optimizer([*parameters, *head.parameters()], config)
+    for step, rows in enumerate(
+        _batches(len(shown), config.batch_turns, config.vision_steps, config.seed)
+    ):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * _schedule(config, step, config.vision_steps)
+        chosen = [shown[int(i)] for i in rows]
+        inputs = policy.processor.image_inputs([data.observed[i].frame for i in chosen])
+        output = tower.get_image_features(**inputs, return_dict=True)
+        features = torch.stack(output.pooler_output).flatten(1)
+        features = nn.functional.rms_norm(features, features.shape[1:])
+        logits = head(features).view(len(chosen), SLOTS, CLASSES)
+        labels = torch.stack([data.labels[i] for i in chosen])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step + 1 == config.vision_steps:
+            right = (logits.argmax(-1) == labels)[labels >= 0].float().mean().item()
+            report({"vision_step": step, "loss": loss.item(), "right": right})
+
+
+def imitate(policy: Policy, data: Demonstrations, config: SFTConfig, report: Report) -> None:
+    """Cross-entropy on the experts' replies, averaged over tokens."""
+    parameters = list(policy.trained().values())
+    optimizer = _optimizer(parameters, config)
+    pad = policy.processor.pad_token_id
+    for step, rows in enumerate(
+        _batches(len(data.replies), config.batch_turns, config.steps, config.seed)
+    ):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * _schedule(config, step, config.steps)
+        chosen = [int(i) for i in rows]
+        inputs = make_inputs(
+            [data.observed[i] for i in chosen], [data.replies[i] for i in chosen], pad
+        )
+        scores = score(policy, inputs)
+        loss = -scores.logprobs.sum() / inputs.response_mask.sum()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"gradient norm is {norm.item()} at step {step}; lower lr")
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step + 1 == config.steps:
+            report({"step": step, "loss": loss.item(), "grad_norm": norm.item()})
+
+
+def train(config: SFTConfig, report: Report) -> Path:
+    """Fine-tune and write the model; returns the folder.
+
+    Raises:
+        ConfigError: `out` is missing, or an environment has no expert.
+    """
+    if config.out is None:
+        raise ConfigError("out is missing: give the folder to write the model to (--out DIR)")
+    torch.set_num_threads(config.threads)
+    out, began = Path(config.out), time.monotonic()
+    model: ModelConfig = config.model
+    if config.architecture is not None:
+        starter.build(config.architecture, out, config.seed)
+        model = ModelConfig(path=str(out), vision="trained", attention="eager")
+    policy = Policy(model, temperature=1.0, seed=config.seed)
+    data = Demonstrations()
+    for i, demonstrations in enumerate(config.demonstrations):
+        data.collect(policy, demonstrations, seed=config.seed * 1000 + i)
+    report({"turns": len(data.replies), "seconds": time.monotonic() - began})
+    if config.vision_steps:
+        pretrain_vision(policy, data, config, report)
+    imitate(policy, data, config, report)
+    if config.save_dtype != "float32":
+        policy.model.to(DTYPES[config.save_dtype])
+    policy.save_student(out)
+    report({"seconds": time.monotonic() - began})
+    return out

@@ -1,0 +1,1 @@
+"""The teacher: which checkpoints it is made of, and how it guides."""

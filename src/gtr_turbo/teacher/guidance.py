@@ -1,0 +1,46 @@
+"""What the teacher says about the agent's thoughts: the reverse KL on the tokens the agent sampled."""
+
+from __future__ import annotations
+
+import torch
+
+from gtr_turbo.config import GuidanceConfig
+from gtr_turbo.learning import losses
+from gtr_turbo.policy.model import Policy
+from gtr_turbo.policy.scoring import score
+from gtr_turbo.turns.batch import Batch, select
+
+
+@torch.no_grad()
+def guide(batch: Batch, policy: Policy, config: GuidanceConfig, *, microbatch_turns: int) -> Batch:
+    """Add `kl` and `kl_tokens` to a batch, or nothing for `kind: none` without `monitor`.
+
+    The agent's log-probs are those recorded at sampling, except for `full`, which needs distributions and
+    scores the agent again. No gradient flows; an invalid reply has no thought, so its KL is 0.
+    """
+    if config.kind == "none" and not config.monitor:
+        return batch
+    kl = torch.zeros_like(batch.old_logprobs)
+    parts = torch.arange(len(batch)).split(microbatch_turns)
+    if config.estimator == "full":
+        for rows in (
+            parts
+        ):  # distributions of a whole batch would not fit, so the weights change places often
+            inputs = select(batch.inputs, rows)
+            agent = score(policy, inputs, distribution=True).distribution
+            with policy.as_teacher():
+                teacher = score(policy, inputs, distribution=True).distribution
+            assert agent is not None
+            assert teacher is not None
+            kl[rows, : agent.shape[1]] = losses.full_kl(agent, teacher).cpu()
+    else:
+        with policy.as_teacher():
+            for rows in parts:
+                teacher_logprobs = score(policy, select(batch.inputs, rows)).logprobs.cpu()
+                agent_logprobs = batch.old_logprobs[rows, : teacher_logprobs.shape[1]]
+                kl[rows, : teacher_logprobs.shape[1]] = losses.kl_estimate(
+                    agent_logprobs, teacher_logprobs, estimator=config.estimator
+                )
+    kl = kl * batch.thought_mask
+    mean = losses.masked_mean(kl, batch.thought_mask, dim=1)
+    return batch.with_(kl=mean, kl_tokens=kl)

@@ -1,0 +1,87 @@
+"""The run's own checkpoints, kept as what the merge needs of them: O(1) in their number, exact.
+
+TIES keeps four sums per parameter (`RunningTies`), a linear merge one running mean. Both are float32:
+rounded to bfloat16, most changes of an RL step would be zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from gtr_turbo.config import TeacherConfig
+from gtr_turbo.merging.methods import RunningTies, trim
+
+
+class History:
+    """Checkpoints of one run, merged on demand.
+
+    Attributes:
+        count: checkpoints added so far.
+    """
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self.config = config
+        self.count = 0
+        self._ties: dict[str, RunningTies] = {}
+        self._mean: dict[str, Tensor] = {}
+
+    def merge_is_due(self, iteration: int) -> bool:
+        """True after every `interval`-th update; iterations count from 0."""
+        return (iteration + 1) % self.config.interval == 0
+
+    def add(self, deltas: Iterable[tuple[str, Tensor]]) -> None:
+        """Remember a checkpoint.
+
+        Args:
+            deltas: (name, float32 change against the run's starting point) of every merged tensor.
+        """
+        ema = self.config.weights == "ema"
+        alpha = self.config.alpha if ema and self.count else 1.0
+        for name, delta in deltas:
+            if self.config.method == "ties":
+                running = self._ties.setdefault(name, RunningTies(delta))
+                if ema and self.count:
+                    running.decay(1 - alpha)
+                running.add(trim(delta, self.config.density), alpha)
+            elif name in self._mean:
+                step = alpha if ema else 1.0 / (self.count + 1)
+                self._mean[name] += step * (delta - self._mean[name])
+            else:
+                self._mean[name] = delta.clone()
+        self.count += 1
+
+    def merge(self) -> dict[str, Tensor]:
+        """The merged change of every tensor.
+
+        Raises:
+            RuntimeError: nothing was added.
+        """
+        if not self.count:
+            raise RuntimeError("there is nothing to merge: no checkpoint was added")
+        if self.config.method == "ties":
+            return {name: running.merged() for name, running in self._ties.items()}
+        return {name: mean.clone() for name, mean in self._mean.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors, by a name that says what they are."""
+        sums = {
+            f"{part}:{n}": t
+            for n, running in self._ties.items()
+            for part, t in running.sums.items()
+        }
+        means = {f"mean:{name}": tensor for name, tensor in self._mean.items()}
+        return {"count": torch.tensor(self.count), **sums, **means}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` gave."""
+        self.count = int(state["count"])
+        self._ties, self._mean = {}, {}
+        for key, tensor in state.items():
+            part, _, name = key.partition(":")
+            if part == "mean":
+                self._mean[name] = tensor.clone()
+            elif name:
+                self._ties.setdefault(name, RunningTies(tensor)).sums[part] = tensor.clone()

@@ -1,0 +1,175 @@
+"""What a run looks like in a terminal: a live panel, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from gtr_turbo.config import TrainConfig
+
+BARS = "▁▂▃▄▅▆▇█"
+SHOWN = (
+    ("success", "rollout/success", "{:.1%}"),
+    ("reward per turn", "rollout/reward", "{:+.2f}"),
+    ("valid replies", "rollout/valid", "{:.1%}"),
+    ("right plans", "judge/plan", "{:.1%}"),
+    ("action follows thought", "judge/agreement", "{:.1%}"),
+    ("thought tokens", "thought/tokens", "{:.1f}"),
+    ("distinct thoughts", "thought/distinct", "{:.2f}"),
+    ("token entropy", "ppo/entropy", "{:.3f}"),
+    ("KL to the teacher", "teacher/kl", "{:.4f}"),
+    ("teacher's age", "teacher/age", "{:.0f}"),
+    ("distance from the start", "teacher/student_distance", "{:.2f}"),
+    ("critic explains", "critic/explained_variance", "{:.1%}"),
+)
+
+
+def sparkline(values: list[float], width: int = 32) -> str:
+    """A row of block characters, the newest `width` values, scaled to their range."""
+    values = values[-width:]
+    low, high = min(values), max(values)
+    span = high - low or 1.0
+    return "".join(BARS[min(7, int(8 * (value - low) / span))] for value in values)
+
+
+def percent(value: float | None, interval: Any = None) -> str:
+    """`43.2 % (38.9 - 47.6)`, or a dash."""
+    if value is None:
+        return "-"
+    text = f"{100 * value:.1f} %"
+    return f"{text} ({100 * interval[0]:.1f} - {100 * interval[1]:.1f})" if interval else text
+
+
+class TerminalView:
+    """Shows progress, time left and the metrics that tell learning from collapse.
+
+    Use as a context manager around `trainer.train`.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.live = self.console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._task = self._progress.add_task("starting", total=1)
+        self._history: dict[str, list[float]] = {}
+        self._title = "GTR-Turbo"
+        self._said = 0.0
+        self._live = Live(
+            self._render(), console=self.console, refresh_per_second=4, transient=False
+        )
+
+    def __enter__(self) -> TerminalView:
+        if self.live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self._live.stop()
+
+    def _render(self) -> Panel:
+        table = Table(box=None, padding=(0, 2), show_header=False)
+        for label, name, form in SHOWN:
+            values = self._history.get(name)
+            if values:
+                table.add_row(
+                    label,
+                    Text(form.format(values[-1]), style="bold"),
+                    Text(sparkline(values), "cyan"),
+                )
+        return Panel(Group(self._progress, table), title=self._title, border_style="green")
+
+    def _show(self) -> None:
+        if self.live:
+            self._live.update(self._render())
+
+    def started(self, config: TrainConfig, run: Path, update: int) -> None:
+        """Name the run; the bar counts environment steps."""
+        guidance = (
+            "no guidance" if config.guidance.kind == "none" else f"{config.guidance.kind} guidance"
+        )
+        self._title = f"GTR-Turbo · {config.env.id} · {guidance} · seed {config.seed}"
+        self._progress.reset(self._task, total=config.num_updates * config.turns_per_update)
+        done = update * config.turns_per_update
+        self._progress.update(self._task, description="environment steps", completed=done)
+        if not self.live:
+            self.console.print(f"{self._title} · {run}", soft_wrap=True, markup=False)
+        self._show()
+
+    def evaluating(self, what: str, done: int, episodes: int) -> None:
+        """Show an evaluation's progress."""
+        self._progress.update(
+            self._task, description=f"evaluating {what}", completed=done, total=episodes
+        )
+        if not self.live and (done == episodes or time.monotonic() - self._said > 30):
+            self._said = time.monotonic()
+            self.console.print(
+                f"evaluating {what}: {done}/{episodes} episodes", soft_wrap=True, markup=False
+            )
+        self._show()
+
+    def updated(self, row: Mapping[str, float]) -> None:
+        """Show an update's metrics."""
+        for name, number in row.items():
+            self._history.setdefault(name, []).append(number)
+        self._progress.update(self._task, completed=row["env_steps"])
+        if not self.live:
+            parts = [
+                f"{label} {form.format(row[name])}"
+                for label, name, form in SHOWN[:5]
+                if name in row
+            ]
+            kl = f"KL {row['teacher/kl']:.4f}" if "teacher/kl" in row else ""
+            line = f"update {row['update']:>4.0f}  step {row['env_steps']:>6.0f}  " + "  ".join(
+                [*parts, kl]
+            )
+            self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+        self._show()
+
+
+def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
+    """The table at the end of a run."""
+    table = Table(title=f"{summary['name']} · seed {summary['seed']}", title_style="bold")
+    table.add_column("success (95 % interval)")
+    table.add_column("before", justify="right")
+    table.add_column("student after", justify="right")
+    table.add_column("merge after", justify="right")
+    evaluations = summary["evaluations"]
+    splits = dict.fromkeys(key.split("/")[1] for key in evaluations)
+    for split in splits:
+        cells = [evaluations.get(f"{key}", {}) for key in (
+            f"before/{split}/student", f"after/{split}/student", f"after/{split}/teacher"
+        )]  # fmt: skip
+        shown = [percent(cell.get("success"), cell.get("interval")) for cell in cells]
+        table.add_row(f"{split}, {summary['episodes']} episodes", *shown)
+    console.print(table)
+    student, merge = summary["success_after"], summary["success_merge"]
+    if student is not None and merge is not None:
+        better = "the merge" if merge > student else "the student"
+        console.print(
+            f"Better on {summary['split']} deals: {better}. Both are loadable:", highlight=False
+        )
+    for which in ("student", "teacher"):
+        console.print(f"  {which}  {summary[which]}", soft_wrap=True, highlight=False, markup=False)
+    console.print(
+        f"{summary['env_steps']} environment steps in {summary['seconds']:.0f} s, "
+        f"peak memory {summary['peak_rss_mb']:.0f} MB",
+        highlight=False,
+    )

@@ -1,0 +1,209 @@
+"""What a run reports: metrics of an update, and the writers they go to.
+
+Every name is explained in docs/metrics.md; a test compares.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from gtr_turbo.checkpoint import write_atomically
+from gtr_turbo.turns.turn import Turn
+
+
+class Writer(Protocol):
+    """Takes the metrics of an update."""
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Write one row; `update` and `env_steps` are among its keys."""
+        ...
+
+    def close(self) -> None:
+        """Flush."""
+        ...
+
+
+class JsonlWriter:
+    """`metrics.jsonl`: one JSON object a line, flushed, so that a run can be followed with `tail -f`."""
+
+    def __init__(self, path: Path, keep_until: int) -> None:
+        """Append to `path` after dropping rows of updates beyond `keep_until` (those are made again)."""
+        if path.exists():
+            rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            kept = [line for line in rows if _update_of(line) <= keep_until]
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(dict(row)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Sync and close."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _update_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["update"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut by a crash
+
+
+class TensorBoardWriter:
+    """Event files for TensorBoard (extra `tensorboard`)."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                "tensorboard: true needs TensorBoard: pip install 'gtr-turbo[tensorboard]'"
+            ) from error
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """One scalar per metric, over environment steps."""
+        for name, number in row.items():
+            if "/" in name:
+                self._writer.add_scalar(name, number, int(row["env_steps"]))
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+def rollout_metrics(turns: Sequence[Turn]) -> dict[str, float]:
+    """The `rollout`, `thought` and `judge` groups, from the turns of an update."""
+    ended = [turn for turn in turns if turn.done]
+    valid = [turn for turn in turns if turn.valid]
+    metrics = {
+        "rollout/episodes": float(len(ended)),
+        "rollout/reward": _mean([turn.reward for turn in turns]),
+        "rollout/valid": len(valid) / len(turns),
+        "rollout/legal": _mean([turn.legal for turn in turns]),
+        "rollout/truncated": _mean([turn.truncated for turn in turns]),
+        "rollout/response_tokens": _mean([len(turn.reply.response_ids) for turn in turns]),
+    }
+    if ended:
+        metrics["rollout/success"] = _mean([bool(turn.success) for turn in ended])
+        metrics["rollout/episode_turns"] = _mean([turn.step + 1 for turn in ended])
+    if valid:
+        thoughts = [str(turn.fields.get("thoughts", "")) for turn in valid]
+        states = {(turn.prompt, turn.observed.frame.tobytes()) for turn in valid}
+        metrics["thought/tokens"] = _mean([turn.thought_tokens for turn in valid])
+        metrics["thought/distinct"] = len(set(thoughts)) / len(states)
+        metrics["thought/surprise"] = _mean(
+            [
+                -float(turn.reply.logprobs[turn.thought_span].mean())
+                for turn in valid
+                if turn.thought_tokens
+            ]
+        )
+    for name in sorted({name for turn in turns for name in turn.facts}):
+        metrics[f"judge/{name}"] = _mean([turn.facts[name] for turn in turns if name in turn.facts])
+    return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values)) / len(values) if values else 0.0
+
+
+def peak_rss_mb() -> float:
+    """The largest resident set of this process so far, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+class Clock:
+    """Seconds spent in each part of an update: the `time` group."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Everything since the last lap was `name`."""
+        now = time.perf_counter()
+        self.seconds[f"time/{name}"] = now - self._last
+        self._last = now
+
+
+class Trajectories:
+    """`trajectories/NNNNNN.jsonl` (a turn a line) and `trajectories/frames/*.png`, bounded per update."""
+
+    def __init__(self, folder: Path, episodes: int) -> None:
+        self._folder, self._episodes = folder, episodes
+
+    def write(
+        self, update: int, turns: Sequence[Turn], extra: Mapping[str, Sequence[float]]
+    ) -> None:
+        """Store the turns of the first environments.
+
+        Args:
+            update: number of the update.
+            turns: of the update, in the order of the batch.
+            extra: further numbers for each turn, such as its advantage.
+        """
+        if not self._episodes:
+            return
+        lines = []
+        for i, turn in enumerate(turns):
+            if turn.env_index >= self._episodes:
+                continue
+            lines.append(
+                json.dumps(
+                    {
+                        "env": turn.env_index,
+                        "episode": turn.episode,
+                        "step": turn.step,
+                        "frame": self._frame(turn),
+                        "prompt": turn.prompt,
+                        "reply": turn.text,
+                        "action": turn.action,
+                        "valid": turn.valid,
+                        "legal": turn.legal,
+                        "reward": turn.reward,
+                        "format_reward": turn.format_reward,
+                        "value": turn.reply.value,
+                        "terminated": turn.terminated,
+                        "truncated": turn.truncated,
+                        "success": turn.success,
+                        "facts": dict(turn.facts),
+                        **{name: numbers[i] for name, numbers in extra.items()},
+                    }
+                )
+            )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(
+            self._folder / f"{update:06d}.jsonl", "".join(f"{line}\n" for line in lines)
+        )
+
+    def _frame(self, turn: Turn) -> str:
+        import hashlib
+
+        from PIL import Image
+
+        name = hashlib.sha256(turn.observed.frame.tobytes()).hexdigest()[:16] + ".png"
+        path = self._folder / "frames" / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            Image.fromarray(turn.observed.frame).save(part, format="png")
+            os.replace(part, path)
+        return f"frames/{name}"
+
+
+def finite(row: Mapping[str, Any]) -> str | None:
+    """Name of the first metric that is not finite, if any."""
+    return next((name for name, number in row.items() if not math.isfinite(number)), None)

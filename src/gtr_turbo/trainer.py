@@ -1,0 +1,264 @@
+"""The loop: play, pad, ask the teacher, assign credit, learn, remember, merge. Nothing else is here."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from gtr_turbo import checkpoint
+from gtr_turbo.collect import MINIBATCHES, SAMPLING, Envs, collect, stream
+from gtr_turbo.config import TrainConfig
+from gtr_turbo.evaluate import Evaluation, evaluate
+from gtr_turbo.learning.advantages import assign_credit
+from gtr_turbo.learning.update import TrainingError, make_optimizer, update
+from gtr_turbo.policy.model import Policy
+from gtr_turbo.teacher.guidance import guide
+from gtr_turbo.teacher.history import History
+from gtr_turbo.tracking import (
+    Clock,
+    JsonlWriter,
+    TensorBoardWriter,
+    Trajectories,
+    Writer,
+    finite,
+    peak_rss_mb,
+    rollout_metrics,
+)
+from gtr_turbo.turns.batch import Batch, make_batch
+
+__all__ = ["TrainingError", "View", "train"]
+
+
+class View(Protocol):
+    """What shows a run to a person; `gtr_turbo.terminal` has one."""
+
+    def started(self, config: TrainConfig, run: Path, update: int) -> None:
+        """Training begins (or goes on after `update` updates)."""
+        ...
+
+    def evaluating(self, what: str, done: int, episodes: int) -> None:
+        """An evaluation goes on."""
+        ...
+
+    def updated(self, row: Mapping[str, float]) -> None:
+        """An update is done."""
+        ...
+
+
+def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -> dict[str, Any]:
+    """Run the loop; returns what `summary.json` holds.
+
+    Args:
+        config: all settings.
+        run: the run folder, held by the caller (`checkpoint.own_folder`).
+        view: shows progress.
+        resume: go on from the newest checkpoint in `run`.
+
+    Raises:
+        TrainingError: a loss or gradient is not finite, or sampler and scoring disagree.
+        checkpoint.CheckpointError: the checkpoint is damaged or of another run.
+    """
+    torch.set_num_threads(config.threads)
+    policy = Policy(config.model, temperature=config.sampling.temperature, seed=config.seed)
+    optimizer = make_optimizer(policy, config.ppo)
+    envs = Envs(config.env, config.env.train_split, config.seed)
+    history = History(config.teacher)
+    start_print = checkpoint.fingerprint(dict(policy.trained()))
+    start, state = 0, {}
+    if resume:
+        state = checkpoint.load(
+            checkpoint.folders(run)[-1], policy, optimizer, history, start_print
+        )
+        envs.restore(state["envs"])
+        start = state["update"]
+    else:
+        envs.start()
+        policy.load_teacher({name: torch.zeros_like(delta) for name, delta in policy.deltas()})
+    evaluations: dict[str, Any] = state.get("evaluations") or _evaluate(
+        policy, config, view, "before", {}
+    )
+    began = time.monotonic() - state.get("seconds", 0.0)
+    age = state.get("teacher_age", 0)
+    writers = _writers(config, run, start)
+    trajectories = Trajectories(run / "trajectories", config.save.trajectories)
+    view.started(config, run, start)
+    for iteration in range(start, config.num_updates):
+        clock = Clock()
+        generator = torch.Generator().manual_seed(stream(config.seed, SAMPLING, iteration))
+        turns = collect(envs, policy, config.sampling, config.rollout, generator)
+        clock.lap("collect")
+        batch = make_batch(turns, config.env.num_envs, policy.processor.pad_token_id)
+        batch = guide(batch, policy, config.guidance, microbatch_turns=config.ppo.microbatch_turns)
+        clock.lap("guide")
+        batch = assign_credit(batch, **_credit(config))
+        stats = update(
+            policy,
+            optimizer,
+            batch,
+            config.ppo,
+            seed=stream(config.seed, MINIBATCHES, iteration),
+            progress=iteration / config.num_updates,
+            progress_after=(iteration + 1) / config.num_updates,
+            max_logprob_gap=config.rollout.max_logprob_gap,
+        )
+        clock.lap("update")
+        history.add(policy.deltas())
+        age += 1
+        if history.merge_is_due(iteration):
+            policy.load_teacher(history.merge())
+            age = 0
+        clock.lap("merge")
+        row = {
+            "update": iteration + 1,
+            "env_steps": (iteration + 1) * config.turns_per_update,
+            **rollout_metrics(turns),
+            **stats,
+            **_teacher_metrics(policy, batch, config, age),
+            **clock.seconds,
+            "system/peak_rss_mb": peak_rss_mb(),
+            "system/seconds": time.monotonic() - began,
+        }
+        if (bad := finite(row)) is not None:
+            raise TrainingError(
+                f"{bad} is {row[bad]} in update {iteration + 1}; resume from the last checkpoint"
+            )
+        for writer in writers:
+            writer.write(row)
+        trajectories.write(iteration + 1, turns, _per_turn(batch))
+        view.updated(row)
+        if (iteration + 1) % config.save.interval == 0 or iteration + 1 == config.num_updates:
+            saved = {
+                "update": iteration + 1,
+                "seed": config.seed,
+                "start": start_print,
+                "teacher_age": age,
+                "seconds": time.monotonic() - began,
+                "envs": envs.state(),
+                "evaluations": evaluations,
+            }
+            checkpoint.save(run, policy, optimizer, history, saved, keep=config.save.keep)
+    for writer in writers:
+        writer.close()
+    seconds = time.monotonic() - began
+    evaluations = _evaluate(policy, config, view, "after", evaluations)
+    return _summary(config, run, evaluations, seconds)
+
+
+def _credit(config: TrainConfig) -> dict[str, Any]:
+    ppo, guidance = config.ppo, config.guidance
+    return {
+        "gamma": ppo.gamma,
+        "lam": ppo.gae_lambda,
+        "normalize": ppo.normalize,
+        "eps": ppo.normalize_eps,
+        "beta": 0.0 if guidance.kind == "none" else guidance.beta,
+        "credit": guidance.credit,
+        "center": guidance.center,
+    }
+
+
+def _writers(config: TrainConfig, run: Path, start: int) -> list[Writer]:
+    writers: list[Writer] = [JsonlWriter(run / "metrics.jsonl", keep_until=start)]
+    if config.tensorboard:
+        writers.append(TensorBoardWriter(run / "tensorboard"))
+    return writers
+
+
+def _teacher_metrics(
+    policy: Policy, batch: Batch, config: TrainConfig, age: int
+) -> dict[str, float]:
+    """The `teacher` group."""
+    square = sum(float((delta**2).sum()) for _, delta in policy.deltas())
+    metrics = {"teacher/age": float(age), "teacher/student_distance": square**0.5}
+    metrics["teacher/distance"] = policy.teacher_distance()
+    if batch.kl_tokens is not None:
+        metrics["teacher/kl"] = float(batch.kl_tokens.sum() / batch.thought_mask.sum().clamp(min=1))
+    if batch.kl_tokens is not None and config.guidance.kind != "none":
+        metrics["teacher/credit"] = config.guidance.beta * metrics["teacher/kl"]
+    return metrics
+
+
+def _per_turn(batch: Batch) -> dict[str, list[Any]]:
+    assert batch.advantages is not None
+    advantages = batch.advantages
+    columns: dict[str, list[Any]] = {
+        "advantage": (advantages if advantages.ndim == 1 else advantages.mean(1)).tolist()
+    }
+    if batch.kl_tokens is not None:
+        counts = batch.thought_mask.sum(1).tolist()
+        columns["kl_tokens"] = [
+            [round(x, 5) for x in row[:n]]
+            for row, n in zip(batch.kl_tokens.tolist(), counts, strict=True)
+        ]
+    return columns
+
+
+def _evaluate(
+    policy: Policy, config: TrainConfig, view: View, when: str, known: dict[str, Any]
+) -> dict[str, Any]:
+    """Evaluate before or after: student, and after training the merge too; results by `when/split/which`."""
+    found = dict(known)
+    if not config.eval.episodes:
+        return found
+    for split in (config.env.eval_split, *config.eval.extra_splits):
+        found[f"{when}/{split}/student"] = _one(policy, config, view, f"student {when}", split)
+        if when == "after":
+            with policy.as_teacher():
+                found[f"{when}/{split}/teacher"] = _one(policy, config, view, "merge after", split)
+    return found
+
+
+def _one(
+    policy: Policy, config: TrainConfig, view: View, what: str, split: str | None
+) -> dict[str, Any]:
+    episodes = config.eval.episodes
+
+    def told(done: int) -> None:
+        view.evaluating(f"{what} ({split})", done, episodes)
+
+    result: Evaluation = evaluate(
+        policy,
+        config.env,
+        config.sampling,
+        episodes=episodes,
+        split=split,
+        seed=config.seed,
+        on_episode=told,
+    )
+    summary = result.summary()
+    return {key: value for key, value in summary.items() if key != "records"}
+
+
+def _summary(
+    config: TrainConfig, run: Path, evaluations: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+    split = config.env.eval_split
+    before = evaluations.get(f"before/{split}/student", {})
+    after = evaluations.get(f"after/{split}/student", {})
+    merge = evaluations.get(f"after/{split}/teacher", {})
+    last = checkpoint.folders(run)[-1]
+    summary = {
+        "success_before": before.get("success"),
+        "success_after": after.get("success"),
+        "success_merge": merge.get("success"),
+        "interval_before": before.get("interval"),
+        "interval_after": after.get("interval"),
+        "interval_merge": merge.get("interval"),
+        "split": split,
+        "episodes": config.eval.episodes,
+        "env_steps": config.num_updates * config.turns_per_update,
+        "seconds": seconds,
+        "peak_rss_mb": peak_rss_mb(),
+        "seed": config.seed,
+        "name": config.name,
+        "student": str(last / "student"),
+        "teacher": str(last / "teacher"),
+        "evaluations": dict(evaluations),
+    }
+    checkpoint.write_atomically(run / "summary.json", json.dumps(summary, indent=1) + "\n")
+    return summary
