@@ -19,26 +19,27 @@ if TYPE_CHECKING:
     from gtr_turbo.policy.model import Policy
 
 CONFIGS = Path(__file__).parent / "configs"
+SFT_CONFIGS = CONFIGS / "sft"
 DEFAULT_CONFIG = "ezpoints"
 
 
-def config_names() -> list[str]:
+def config_names(folder: Path = CONFIGS) -> list[str]:
     """Names of the configs that ship with the package."""
-    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def config_file(name: str) -> Path:
+def config_file(name: str, folder: Path = CONFIGS) -> Path:
     """A shipped config by name, or a YAML file by path.
 
     Raises:
         ConfigError: neither exists.
     """
-    shipped = CONFIGS / f"{name}.yaml"
+    shipped = folder / f"{name}.yaml"
     if shipped.exists():
         return shipped
     if Path(name).is_file():
         return Path(name)
-    names = config_names()
+    names = config_names(folder)
     raise ConfigError(
         f"config {name!r} is neither a file nor one of {', '.join(names)}.{suggest(name, names)}"
     )
@@ -194,7 +195,7 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _sft(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    settings = read_config(config_file(options.config)) if options.config else {}
+    settings = read_config(config_file(options.config, SFT_CONFIGS)) if options.config else {}
     over = _overrides(rest)
     for key in ("out", "seed"):
         if getattr(options, key) is not None:
@@ -379,7 +380,11 @@ def _parser() -> argparse.ArgumentParser:
         "sft", _sft, "Imitate the environments' own experts: make the model RL starts from."
     )
     sft.epilog = dotted
-    sft.add_argument("--config", metavar="NAME_OR_FILE", help="a YAML file of SFT settings")
+    sft.add_argument(
+        "--config",
+        metavar="NAME_OR_FILE",
+        help=f"one of {', '.join(config_names(SFT_CONFIGS))}, or a YAML file",
+    )
     sft.add_argument("--out", metavar="DIR", help="folder to write the model to")
     sft.add_argument("--seed", type=int, metavar="N", help="seed (default 0)")
     sft.add_argument(
@@ -430,7 +435,7 @@ def _terminate(number: int, frame: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0, 1 (it failed), 2 (wrong input) or 130 (interrupted)."""
-    # another process on the machine must not make torch's threads spin (docs/scaling.md)
+    # another process on the machine must not make torch's threads spin
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

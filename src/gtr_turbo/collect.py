@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig
-from gtr_turbo.envs import make_env
-from gtr_turbo.envs.contract import ContractError
+from gtr_turbo.envs import check_env, make_env
+from gtr_turbo.envs.contract import attribute
 from gtr_turbo.parsing import parse, thought_tokens
 from gtr_turbo.policy.generation import generate
 from gtr_turbo.policy.model import Policy
@@ -59,13 +59,8 @@ class Envs:
     ) -> None:
         options = dict(config.options) if split is None else {**config.options, "split": split}
         self._envs = [make_env(config.id, **options) for _ in range(count or config.num_envs)]
-        fields = getattr(self._envs[0].unwrapped, "fields", None) or getattr(
-            self._envs[0], "fields", None
-        )
-        if not fields:
-            raise ContractError(
-                f"{config.id} declares no `fields`; see `check_env` and docs/environments.md"
-            )
+        check_env(self._envs[0], episodes=1)
+        fields = attribute(self._envs[0], "fields")
         self.fields: Sequence[str] = fields
         self._seed = seed
         self.episodes = [-1] * len(self._envs)
@@ -97,7 +92,7 @@ class Envs:
 
     def judge(self, i: int, fields: Mapping[str, Any]) -> Mapping[str, bool]:
         """Facts about a parsed reply in the state that environment `i` is in, if it can check any."""
-        judge = getattr(self._envs[i].unwrapped, "judge", None)
+        judge = attribute(self._envs[i], "judge")
         return judge(fields) if judge is not None and fields else {}
 
     def state(self) -> list[dict[str, Any]]:

@@ -334,8 +334,8 @@ class TrainConfig:
     """Turns to collect in all; a whole number of updates is made of it."""
     threads: int = 2
     """CPU threads of torch."""
-    tensorboard: bool = False
-    """Write TensorBoard events too (extra `tensorboard`)."""
+    tensorboard: bool | None = None
+    """Write TensorBoard events too (extra `tensorboard`); null: if it is installed."""
     model: ModelConfig = field(default_factory=ModelConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gtr_turbo.config import ConfigError, DemonstrationConfig, ModelConfig, SFTConfig
 from gtr_turbo.envs import make_env
+from gtr_turbo.envs.contract import attribute
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.model import DTYPES, Policy
 from gtr_turbo.policy.scoring import score
@@ -59,7 +60,7 @@ class Demonstrations:
             ConfigError: the environment has no `demonstrate`.
         """
         env = make_env(config.id, **config.options)
-        expert = getattr(env.unwrapped, "demonstrate", None)
+        expert = attribute(env, "demonstrate")
         if expert is None:
             raise ConfigError(
                 f"{config.id} has no demonstrate(rng): nothing to imitate (docs/environments.md)"

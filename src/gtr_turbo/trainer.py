@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Mapping
@@ -164,7 +165,8 @@ def _credit(config: TrainConfig) -> dict[str, Any]:
 
 def _writers(config: TrainConfig, run: Path, start: int) -> list[Writer]:
     writers: list[Writer] = [JsonlWriter(run / "metrics.jsonl", keep_until=start)]
-    if config.tensorboard:
+    installed = importlib.util.find_spec("tensorboard") is not None
+    if config.tensorboard or (config.tensorboard is None and installed):
         writers.append(TensorBoardWriter(run / "tensorboard"))
     return writers
 

@@ -110,6 +110,11 @@ def make_env(name: str, **options: Any) -> Env:
         raise ContractError(f"{env_id} does not take the options {options}: {error}") from error
 
 
+def attribute(env: Env, name: str) -> Any:
+    """`fields`, `judge` or `demonstrate` of an environment, whichever wrapper has it; None if none does."""
+    return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else None
+
+
 def _check_observation(name: str, observation: Any) -> None:
     if not isinstance(observation, dict) or set(observation) != {"image", "prompt"}:
         keys = sorted(observation) if isinstance(observation, dict) else type(observation).__name__
@@ -167,7 +172,7 @@ def check_env(env: Env | str, *, episodes: int = 3, max_turns: int = 200) -> Non
     if isinstance(env, str):
         env = make_env(env)
     name = env.spec.id if env.spec is not None else type(env.unwrapped).__name__
-    fields = getattr(env.unwrapped, "fields", None)
+    fields = attribute(env, "fields")
     if not isinstance(fields, tuple) or not fields or fields[-1] != "action":
         raise ContractError(
             f"{name}: class attribute `fields` must be a tuple of JSON keys with 'action' last, "
