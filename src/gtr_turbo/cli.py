@@ -213,37 +213,54 @@ def _sft(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _agent(options: argparse.Namespace) -> tuple[Policy, TrainConfig]:
-    """The agent a path names: a run (its newest student or teacher), or a model; and its config."""
-    from gtr_turbo import checkpoint
-    from gtr_turbo.policy.model import Policy
+def _stored_settings(path: Path, which: str) -> dict[str, Any]:
+    """Settings that lie beside an agent: of its run, or the `recipe.yaml` that `sft` writes.
 
-    path = Path(options.agent)
-    settings = read_config(config_file(options.config)) if options.config else {}
+    Raises:
+        ConfigError: `which` is not there.
+    """
+    from gtr_turbo import checkpoint
+
     if (path / "config.yaml").exists():
-        settings = _merge(read_config(path / "config.yaml"), settings)
+        settings = read_config(path / "config.yaml")
         saved = checkpoint.folders(path)
         if not saved:
             raise ConfigError(f"{path} is a run without a complete checkpoint; nothing to load")
         checkpoint.read_state(saved[-1])
-        settings.setdefault("model", {})
-        if options.which == "student" and settings["model"].get("train") == "lora":
-            settings["model"]["adapter"] = str(saved[-1] / "student")
+        model = settings.setdefault("model", {})
+        if which == "student" and model.get("train") == "lora":
+            model["adapter"] = str(saved[-1] / "student")
         else:
-            settings["model"] |= {
-                "path": str(saved[-1] / options.which),
-                "train": "full",
-                "adapter": None,
-            }
-    else:
-        if options.which == "teacher":
-            raise ConfigError(
-                f"{path} is no run folder, so it has no teacher; drop --which teacher"
-            )
-        settings = _merge(settings, {"model": {"path": options.agent}})
+            model |= {"path": str(saved[-1] / which), "train": "full", "adapter": None}
+        return settings
+    if which == "teacher":
+        raise ConfigError(f"{path} is no run folder, so it has no teacher; drop --which teacher")
+    from gtr_turbo.policy.starter import model_folder
+
+    beside = [Path(model_folder(str(path))) / "recipe.yaml"]
+    if path.name in ("student", "teacher"):
+        beside.append(path.resolve().parent.parent.parent / "config.yaml")
+    settings = next((read_config(file) for file in beside if file.exists()), {})
+    return _merge(settings, {"model": {"path": str(path), "train": "full", "adapter": None}})
+
+
+def _agent(options: argparse.Namespace) -> tuple[Policy, TrainConfig]:
+    """The agent a path names: a run (its newest student or teacher), or a model; and its config."""
+    settings = _stored_settings(Path(options.agent), options.which)
+    if options.config:
+        model = settings.pop("model", {})
+        settings = _merge(read_config(config_file(options.config)), {"model": model})
     if options.env:
-        settings = _merge(settings, {"env": {"id": options.env}})
+        env = settings.setdefault("env", {})
+        if (
+            env.get("id", EnvConfig().id) != options.env
+        ):  # of its options only the prompt's style carries over
+            style = env.get("options", {}).get("prompt")
+            env["options"] = {"prompt": style} if style else {}
+        env["id"] = options.env
     config: TrainConfig = build_config(TrainConfig, settings)
+    from gtr_turbo.policy.model import Policy
+
     return Policy(config.model, temperature=config.sampling.temperature, seed=config.seed), config
 
 

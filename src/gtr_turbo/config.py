@@ -17,7 +17,7 @@ class ConfigError(ValueError):
 
 
 def suggest(word: str, known: list[str]) -> str:
-    """ " Did you mean 'x'?" if something close is known, else an empty string."""
+    """A sentence to append, "Did you mean 'x'?", if something close is known; else an empty string."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
@@ -38,7 +38,7 @@ def check_keys(settings: Mapping[str, Any], cls: type, where: str = "") -> None:
         if is_dataclass(known[key]):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{where}{key} must be a group of settings, got {value!r}")
-            check_keys(value, known[key], f"{where}{key}.")  # type: ignore[arg-type]
+            check_keys(value, known[key], f"{where}{key}.")
 
 
 def _positive(owner: Any, *names: str) -> None:

@@ -6,11 +6,15 @@ What a model writes is data: nothing here raises on any text, and nothing evalua
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 MAX_REPAIR = 20_000  # characters; a longer reply that is no JSON is not worth repairing
+MAX_OPEN = 200  # braces and brackets; a reply with more is refused, so that nothing nests deeply
+_COLON = re.compile(r"\s*:")
+_ACTION = re.compile(r"""["']?\baction["']?\s*:""")  # of replies that are not strict JSON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,19 +31,18 @@ class Parsed:
     """True if the reply is a closed JSON object with every required key, `"action"` after all others."""
 
 
-def _members(text: str, start: int) -> dict[str, int]:
-    """Where the members of the object at `start` begin: key -> offset of its quote (the last wins)."""
-    found: dict[str, int] = {}
-    depth, i, opened = 0, start, -1
+def _members(text: str) -> list[tuple[str, int]]:
+    """Members of the JSON object that `text` begins with: (key, offset of its quote), in order."""
+    found: list[tuple[str, int]] = []
+    depth, i = 0, 0
     while i < len(text):
         char = text[i]
         if char == '"':
             opened, i = i, i + 1
             while i < len(text) and text[i] != '"':
                 i += 2 if text[i] == "\\" else 1
-            rest = text[i + 1 : i + 50].lstrip()
-            if depth == 1 and rest.startswith(":"):
-                found[text[opened + 1 : i]] = opened
+            if depth == 1 and _COLON.match(text, i + 1):
+                found.append((json.loads(text[opened : i + 1]), opened))
         elif char in "{[":
             depth += 1
         elif char in "}]":
@@ -50,44 +53,61 @@ def _members(text: str, start: int) -> dict[str, int]:
     return found
 
 
-def _load(text: str) -> Any:
-    """The first JSON object in `text`, small faults repaired; None if there is none."""
+def _action_begins(text: str, required: Sequence[str]) -> int:
+    """Offset of the first `"action"` member of a JSON object; -1 unless the required keys precede it."""
+    members, others = _members(text), set(required) - {"action"}
+    at = min(offset for key, offset in members if key == "action")
+    return -1 if any(offset > at for key, offset in members if key in others) else at
+
+
+def _load(text: str) -> tuple[Any, bool]:
+    """The JSON value that `text` begins with, and whether it was JSON before small faults were repaired."""
+    if text.count("{") + text.count("[") > MAX_OPEN:
+        return None, False
     try:
-        return json.JSONDecoder().raw_decode(text)[0]
+        return json.JSONDecoder().raw_decode(text)[0], True
     except (ValueError, RecursionError):
         pass  # not strict JSON: repaired below, or None
     if len(text) > MAX_REPAIR or not text.rstrip("` \n\t").endswith("}"):
-        return None
+        return None, False
     import json_repair
 
     try:
-        return json_repair.loads(text)
+        return json_repair.loads(text), False
     except (ValueError, RecursionError, IndexError, TypeError, KeyError, AttributeError):
-        return None
+        return None, False
 
 
 def parse(text: str, required: Sequence[str]) -> Parsed:
     """Read a reply.
 
     Text before the first `{` and a code fence around the object are allowed; single quotes, a missing
-    comma and the like are repaired if the object is closed.
+    comma and the like are repaired if the object is closed. A key given twice has its last value; the
+    action then begins where the key first stands, so that no part of any action counts as thought.
 
     Args:
         text: the reply without its end token.
         required: keys the reply must have, `"action"` among them.
     """
     start = text.find("{")
-    value = _load(text[start:]) if start >= 0 else None
+    if start < 0:
+        return Parsed()
+    value, strict = _load(text[start:])
     if not isinstance(value, dict) or any(key not in value for key in required):
         return Parsed()
-    action = value["action"]
+    action, order = value["action"], list(value)
     if isinstance(action, bool) or not isinstance(action, (str, int)):
         return Parsed()
-    begins = _members(text, start)
-    at = begins.get("action", text.rfind("'action'"))
-    if at < 0 or any(begins.get(key, -1) > at for key in required):
+    if any(order.index(key) > order.index("action") for key in required):
         return Parsed()
-    return Parsed(fields=value, action=str(action).strip(), action_start=at, valid=True)
+    if strict:
+        at = _action_begins(text[start:], required)
+    else:
+        match = _ACTION.search(text, start)
+        at = match.start() - start if match else -1
+    if at < 0:
+        return Parsed()
+    return Parsed(fields=value, action=str(action).strip(), action_start=start + at, valid=True)
 
 
 def thought_tokens(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gtr_turbo.config import ConfigError, DemonstrationConfig, ModelConfig, SFTConfig
+from gtr_turbo.config import ConfigError, DemonstrationConfig, SFTConfig
 from gtr_turbo.envs import make_env
 from gtr_turbo.envs.contract import attribute
 from gtr_turbo.policy import starter
@@ -161,6 +162,17 @@ def imitate(policy: Policy, data: Demonstrations, config: SFTConfig, report: Rep
             report({"step": step, "loss": loss.item(), "grad_norm": norm.item()})
 
 
+def _recipe(config: SFTConfig) -> str:
+    """What `eval` and `play` need to know of the model: the style of prompt it was shown."""
+    styles = {
+        demonstrations.options.get("prompt", "full") for demonstrations in config.demonstrations
+    }
+    style = styles.pop() if len(styles) == 1 else "full"
+    return (
+        f"env: {{options: {{prompt: {style}}}}}\nmodel: {{attention: {config.model.attention}}}\n"
+    )
+
+
 def train(config: SFTConfig, report: Report) -> Path:
     """Fine-tune and write the model; returns the folder.
 
@@ -171,10 +183,10 @@ def train(config: SFTConfig, report: Report) -> Path:
         raise ConfigError("out is missing: give the folder to write the model to (--out DIR)")
     torch.set_num_threads(config.threads)
     out, began = Path(config.out), time.monotonic()
-    model: ModelConfig = config.model
+    model = config.model
     if config.architecture is not None:
         starter.build(config.architecture, out, config.seed)
-        model = ModelConfig(path=str(out), vision="trained", attention="eager")
+        model = replace(model, path=str(out))
     policy = Policy(model, temperature=1.0, seed=config.seed)
     data = Demonstrations()
     for i, demonstrations in enumerate(config.demonstrations):
@@ -186,5 +198,6 @@ def train(config: SFTConfig, report: Report) -> Path:
     if config.save_dtype != "float32":
         policy.model.to(DTYPES[config.save_dtype])
     policy.save_student(out)
+    (out / "recipe.yaml").write_text(_recipe(config), encoding="utf-8")
     report({"seconds": time.monotonic() - began})
     return out

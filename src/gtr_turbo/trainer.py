@@ -65,11 +65,12 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
         checkpoint.CheckpointError: the checkpoint is damaged or of another run.
     """
     torch.set_num_threads(config.threads)
+    began = time.monotonic()
     policy = Policy(config.model, temperature=config.sampling.temperature, seed=config.seed)
     optimizer = make_optimizer(policy, config.ppo)
     envs = Envs(config.env, config.env.train_split, config.seed)
     history = History(config.teacher)
-    start_print = checkpoint.fingerprint(dict(policy.trained()))
+    start_print = checkpoint.fingerprint(dict(policy.model.named_parameters()))
     start, state = 0, {}
     if resume:
         state = checkpoint.load(
@@ -83,7 +84,7 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
     evaluations: dict[str, Any] = state.get("evaluations") or _evaluate(
         policy, config, view, "before", {}
     )
-    began = time.monotonic() - state.get("seconds", 0.0)
+    began -= state.get("seconds", 0.0)
     age = state.get("teacher_age", 0)
     writers = _writers(config, run, start)
     trajectories = Trajectories(run / "trajectories", config.save.trajectories)
@@ -145,9 +146,8 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
             checkpoint.save(run, policy, optimizer, history, saved, keep=config.save.keep)
     for writer in writers:
         writer.close()
-    seconds = time.monotonic() - began
     evaluations = _evaluate(policy, config, view, "after", evaluations)
-    return _summary(config, run, evaluations, seconds)
+    return _summary(config, run, evaluations, time.monotonic() - began)
 
 
 def _credit(config: TrainConfig) -> dict[str, Any]:

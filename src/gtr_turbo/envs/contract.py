@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -89,8 +90,9 @@ def resolve_id(name: str) -> str:
             return candidate
     ours = [key for key in known if key.startswith("gtr/")]
     bare = [key.removeprefix("gtr/").removesuffix("-v0") for key in ours]
-    close = difflib.get_close_matches(env_id, [*bare, *known], n=1, cutoff=0.5)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    by_lower = {key.lower(): key for key in [*known, *bare]}
+    close = difflib.get_close_matches(env_id.lower(), by_lower, n=1, cutoff=0.5)
+    hint = f" Did you mean {by_lower[close[0]]!r}?" if close else ""
     raise ContractError(
         f"unknown environment {name!r}; built in: {', '.join(bare)}.{hint} "
         "Your own: register it with Gymnasium in a module and name it MODULE:ENV_ID."
@@ -144,7 +146,8 @@ def _check_step(name: str, env: Env, action: str) -> tuple[Any, bool]:
             "is data: answer an unknown action with a reward, do not raise."
         ) from error
     _check_observation(name, observation)
-    if not np.isscalar(reward) or not np.isfinite(float(reward)):
+    number = isinstance(reward, (int, float, np.integer, np.floating))
+    if not number or not math.isfinite(reward):
         raise ContractError(f"{name}: reward must be a finite number, got {reward!r}")
     for flag, value in (("terminated", terminated), ("truncated", truncated)):
         if not isinstance(value, (bool, np.bool_)):
@@ -202,7 +205,8 @@ def check_env(env: Env | str, *, episodes: int = 3, max_turns: int = 200) -> Non
         else:
             raise ContractError(
                 f"{name}: an episode did not end in {max_turns} turns; give it a step limit "
-                "(register(..., max_episode_steps=N))"
+                "(truncate in step; or register(..., max_episode_steps=N) and give info['success'] "
+                "every turn)"
             )
     for ugly in ("", "no such action", "\x00\ud83c", "9" * 5000):
         env.reset(seed=0)
@@ -210,13 +214,18 @@ def check_env(env: Env | str, *, episodes: int = 3, max_turns: int = 200) -> Non
     flatten_space(spaces.Dict({"image": env.observation_space["image"]}))  # type: ignore[index]
 
 
-class DiscreteText(gymnasium.Wrapper[dict[str, Any], str, Any, Any]):
+class DiscreteText(gymnasium.Env[dict[str, Any], str]):
     """A Gymnasium env with RGB frames and discrete actions, seen as a visual-text environment.
 
-    Made by `wrap_discrete`. An unknown action does not reach the env: nothing moves and the reward
-    is `illegal_reward`; such turns count towards `max_turns`.
+    Made by `wrap_discrete`. It is no `gymnasium.Wrapper`: `unwrapped` must end here, where `fields` (and
+    a subclass's `judge` and `demonstrate`) are; the env inside is `self.env`.
+
+    An unknown action does not reach that env: nothing moves and the reward is `illegal_reward`; such
+    turns count towards `max_turns`.
     """
 
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 - Gymnasium's name and form
+    render_mode = "rgb_array"
     fields = ("thoughts", "action")
 
     def __init__(
@@ -228,7 +237,6 @@ class DiscreteText(gymnasium.Wrapper[dict[str, Any], str, Any, Any]):
         illegal_reward: float = -1.0,
         max_turns: int = 100,
     ) -> None:
-        super().__init__(env)
         if env.render_mode != "rgb_array":
             raise ContractError(
                 f"{env}: wrap_discrete needs frames; make the env with render_mode='rgb_array' "
@@ -239,41 +247,52 @@ class DiscreteText(gymnasium.Wrapper[dict[str, Any], str, Any, Any]):
                 f"{env}: {len(actions)} action names were given for {env.action_space}; "
                 "wrap_discrete needs a Discrete space and one name per action, in order"
             )
+        self.env = env
         self._index = {name: i + int(env.action_space.start) for i, name in enumerate(actions)}
         self._actions = list(actions)
         self._prompt = prompt
         self._illegal_reward = illegal_reward
         self._max_turns = max_turns
         self.action_space = AnyText()
-        env.reset(seed=0)
-        height, width, _ = self._frame().shape
-        self.observation_space = observation_space(height, width)
+        env.reset()
+        observation = self._observation()
+        _check_observation(str(env), observation)
+        self.observation_space = observation_space(*observation["image"].shape[:2])
 
-    def _frame(self) -> np.ndarray:
-        return np.asarray(self.env.render(), dtype=np.uint8)
+    def render(self) -> np.ndarray:
+        """The env's frame, copied: some envs draw into one buffer."""
+        return np.array(self.env.render())
+
+    def close(self) -> None:
+        """Close the env inside."""
+        self.env.close()
+
+    def _observation(self) -> dict[str, Any]:
+        return {"image": self.render(), "prompt": self._prompt}
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Start an episode."""
+        super().reset(seed=seed)
         _, info = self.env.reset(seed=seed, options=options)
         self._turns = 0
-        return {"image": self._frame(), "prompt": self._prompt}, {**info, "actions": self._actions}
+        return self._observation(), {**info, "actions": self._actions}
 
     def step(self, action: str) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Play the action of that name; an unknown name plays nothing and pays `illegal_reward`."""
         self._turns += 1
         terminated = truncated = False
-        reward, info = self._illegal_reward, {}
+        reward = self._illegal_reward
+        info: dict[str, Any] = {}
         if action in self._index:
-            _, reward, terminated, truncated, info = self.env.step(self._index[action])
-            reward = float(reward)
+            _, paid, terminated, truncated, info = self.env.step(self._index[action])
+            reward = float(paid)
         truncated = bool(truncated) or self._turns >= self._max_turns
         info = {**info, "actions": self._actions}
         if terminated or truncated:
             info["success"] = bool(info.get("is_success", terminated and reward > 0))
-        observation = {"image": self._frame(), "prompt": self._prompt}
-        return observation, reward, bool(terminated), truncated, info
+        return self._observation(), reward, bool(terminated), truncated, info
 
 
 def wrap_discrete(

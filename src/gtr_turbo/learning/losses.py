@@ -68,7 +68,7 @@ def kl_estimate(logprobs: Tensor, teacher_logprobs: Tensor, *, estimator: str) -
     if estimator == "abs":
         return k1.abs()
     if estimator == "k3":
-        return (-k1).exp() - 1 + k1
+        return torch.expm1(-k1) + k1  # exp() - 1 would round to less than 0 near 0
     raise ValueError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
 
 
@@ -85,10 +85,10 @@ def full_kl(distribution: Tensor, teacher_distribution: Tensor) -> Tensor:
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean of `values` where `mask` is True; 0 where nothing is."""
-    mask = mask.to(values.dtype)
+    values = torch.where(mask, values, torch.zeros_like(values))  # 0 * inf would be nan
     if dim is None:
-        return (values * mask).sum() / mask.sum().clamp(min=1)
-    return (values * mask).sum(dim) / mask.sum(dim).clamp(min=1)
+        return values.sum() / mask.sum().clamp(min=1)
+    return values.sum(dim) / mask.sum(dim).clamp(min=1)
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

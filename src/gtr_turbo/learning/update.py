@@ -96,19 +96,21 @@ def update(
     steps_per_epoch = len(batch) // config.minibatch_turns
     total = config.epochs * steps_per_epoch
     policy.model.train()
-    for step in range(total):
-        if step % steps_per_epoch == 0:
-            order = torch.randperm(len(batch), generator=generator)
-        at = (step % steps_per_epoch) * config.minibatch_turns
-        lr = cosine(
-            config.lr, config.lr_final, progress + (progress_after - progress) * step / total
-        )
-        optimizer.param_groups[0]["lr"] = lr
-        _minibatch(policy, batch, order[at : at + config.minibatch_turns], config, sums)
-        if step == 0:
-            _check_gap(sums, max_logprob_gap)
-        _step(policy, optimizer, config, sums)
-    policy.model.eval()
+    try:
+        for step in range(total):
+            if step % steps_per_epoch == 0:
+                order = torch.randperm(len(batch), generator=generator)
+            at = (step % steps_per_epoch) * config.minibatch_turns
+            lr = cosine(
+                config.lr, config.lr_final, progress + (progress_after - progress) * step / total
+            )
+            optimizer.param_groups[0]["lr"] = lr
+            _minibatch(policy, batch, order[at : at + config.minibatch_turns], config, sums)
+            if step == 0:
+                _check_gap(sums, max_logprob_gap)
+            _step(policy, optimizer, config, sums)
+    finally:
+        policy.model.eval()
     _critic_steps(policy, optimizer, batch, config, generator)
     with torch.no_grad():
         values = policy.value_head(batch.hidden.to(policy.device)).cpu()

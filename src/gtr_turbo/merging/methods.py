@@ -73,8 +73,9 @@ def ties(deltas: Sequence[Tensor], weights: Sequence[float], *, density: float) 
     there is none.
     """
     running = RunningTies(deltas[0])
+    largest = max(weights)  # only ratios matter; equal weights become exactly 1
     for delta, weight in zip(deltas, weights, strict=True):
-        running.add(trim(delta, density), weight)
+        running.add(trim(delta, density), weight / largest)
     return running.merged()
 
 

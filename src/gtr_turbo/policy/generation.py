@@ -123,16 +123,12 @@ def generate(
 
 
 def _choose(logits: Tensor, generator: torch.Generator, *, greedy: bool) -> Tensor:
+    """A token for each row, by inverting the cumulative distribution; impossible tokens never come out."""
     if greedy:
         return logits.argmax(-1)
-    probabilities = logits.softmax(-1)
-    if probabilities.device.type == "cpu":
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-    uniform = torch.rand(len(probabilities), generator=generator, dtype=torch.float64)
-    return (
-        torch.searchsorted(
-            probabilities.double().cumsum(-1), uniform.to(probabilities.device)[:, None], right=True
-        )
-        .squeeze(1)
-        .clamp(max=probabilities.shape[-1] - 1)
-    )
+    cumulative = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
+    total = cumulative[:, -1:]
+    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
+    drawn = torch.searchsorted(cumulative, uniform.to(total.device) * total, right=True)
+    last_possible = (cumulative < total).sum(-1, keepdim=True)
+    return torch.minimum(drawn, last_possible).squeeze(1)

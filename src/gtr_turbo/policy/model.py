@@ -26,15 +26,6 @@ VISION = ("visual", "vision_tower", "vision_model", "vision_encoder")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def model_folder(path: str) -> str:
-    """`tiny-qwen3-vl` and `tiny-qwen2.5-vl` are the shipped starters; all else is a folder or a hub name."""
-    if path.startswith("tiny-"):
-        name = path.removeprefix("tiny-")
-        if name in starter.ARCHITECTURES:
-            return str(starter.FOLDER / name)
-    return path
-
-
 class ValueHead(nn.Module):
     """MLP hidden -> 1024 -> 512 -> 1 with ReLU (RL4VLM), in float32."""
 
@@ -71,7 +62,7 @@ class Policy(nn.Module):
         self.config = config
         self.temperature = temperature
         base = _load(config)
-        self.processor = Processor(model_folder(config.path), base.config.model_type)
+        self.processor = Processor(starter.model_folder(config.path), base.config.model_type)
         self.caches_features = config.vision == "frozen" and _takes_features(base)
         self._plain = base
         torch.manual_seed(seed)
@@ -86,6 +77,7 @@ class Policy(nn.Module):
         self.to(torch.device(config.device))
         self.model.eval()
         self._start = None if config.train == "lora" else self._copy_trained()
+        self._first_factors = self._copy_factors() if config.adapter else {}
         self._teacher: dict[str, Tensor] | None = None
         self._teacher_norm = 0.0
         self._hidden: list[Tensor] = []
@@ -116,16 +108,34 @@ class Policy(nn.Module):
 
         Yields:
             (name of the base model's parameter, float32 tensor on the CPU). With adapters the change of
-            a layer is `scale * B @ A`; with full training it is the parameter minus its start.
+            a layer is `scale * B @ A`, less that of the adapter the run began with (`model.adapter`);
+            with full training it is the parameter minus its start.
         """
         if self._start is not None:
             for name, parameter in self.trained().items():
                 yield name, parameter.detach().to("cpu", torch.float32) - self._start[name]
             return
         for name, layer in self._adapted():
-            scale = layer.scaling["default"]
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            yield name, (scale * (b.float() @ a.float())).cpu()
+            change = layer.scaling["default"] * (b.float() @ a.float())
+            yield name, change.cpu() - self._first_change(name, layer)
+
+    def _copy_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The adapter the run begins with, (A, B) by name; it counts as part of the starting point."""
+        return {
+            name: (
+                layer.lora_A["default"].weight.detach().float().clone(),
+                layer.lora_B["default"].weight.detach().float().clone(),
+            )
+            for name, layer in self._adapted()
+        }
+
+    def _first_change(self, name: str, layer: Any) -> Tensor:
+        """What the adapter the run began with adds to a layer; 0 for fresh adapters, whose B is 0."""
+        if name not in self._first_factors:
+            return torch.zeros(())
+        a, b = self._first_factors[name]
+        return (layer.scaling["default"] * (b @ a)).cpu()
 
     def _adapted(self) -> Iterator[tuple[str, Any]]:
         for name, module in self._plain.named_modules():
@@ -147,7 +157,8 @@ class Policy(nn.Module):
         Raises:
             KeyError: a name is missing or unknown.
         """
-        self._teacher_norm = sum(float((tensor**2).sum()) for tensor in change.values()) ** 0.5
+        # in a fixed order, so that a resumed run gets the same last digit
+        self._teacher_norm = sum(float((change[n] ** 2).sum()) for n in sorted(change)) ** 0.5
         if self._start is not None:
             if set(change) != set(self._start):
                 raise KeyError(
@@ -159,7 +170,9 @@ class Policy(nn.Module):
         if set(change) != set(layers):
             raise KeyError(f"teacher tensors do not match: {sorted(set(change) ^ set(layers))[:5]}")
         self._teacher = {
-            name: (layer.base_layer.weight.detach().float().cpu() + change[name])
+            name: layer.base_layer.weight.detach().float().cpu()
+            + self._first_change(name, layer)
+            + change[name]
             for name, layer in layers.items()
         }
 
@@ -334,7 +347,7 @@ def _takes_features(model: Any) -> bool:
 def _load(config: ModelConfig) -> Any:
     from transformers import AutoModelForImageTextToText
 
-    path = model_folder(config.path)
+    path = starter.model_folder(config.path)
     try:
         return AutoModelForImageTextToText.from_pretrained(
             path, dtype=DTYPES[config.dtype], attn_implementation=config.attention

@@ -96,9 +96,7 @@ class Processor:
         return dict(self.image_processor(images=images, return_tensors="pt"))
 
     def shrink(self, frame: np.ndarray) -> np.ndarray:
-        """The frame at the size the model sees, where that is known: what `image_inputs` makes of it
-        does not change.
-        """
+        """The frame at the size the model sees, where that is known: `image_inputs` makes the same of it."""
         if not self.native:
             return frame
         _, height, width = (int(n) * self.image_processor.patch_size for n in self.grid(frame)[0])

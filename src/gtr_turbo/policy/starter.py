@@ -49,6 +49,15 @@ TEXT = {
 }
 
 
+def model_folder(path: str) -> str:
+    """`tiny-qwen3-vl` and `tiny-qwen2.5-vl` are the shipped starters; all else is a folder or a hub name."""
+    if path.startswith("tiny-"):
+        name = path.removeprefix("tiny-")
+        if name in ARCHITECTURES:
+            return str(FOLDER / name)
+    return path
+
+
 def tokenizer() -> Any:
     """Byte-level BPE over the words of our prompts; numbers up to 199 are one token each."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -21,11 +21,10 @@ def guide(batch: Batch, policy: Policy, config: GuidanceConfig, *, microbatch_tu
     if config.kind == "none" and not config.monitor:
         return batch
     kl = torch.zeros_like(batch.old_logprobs)
-    parts = torch.arange(len(batch)).split(microbatch_turns)
+    parts = torch.split(torch.arange(len(batch)), microbatch_turns)
     if config.estimator == "full":
-        for rows in (
-            parts
-        ):  # distributions of a whole batch would not fit, so the weights change places often
+        # distributions of a whole batch would not fit, so the weights change places often
+        for rows in parts:
             inputs = select(batch.inputs, rows)
             agent = score(policy, inputs, distribution=True).distribution
             with policy.as_teacher():

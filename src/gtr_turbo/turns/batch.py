@@ -1,4 +1,6 @@
-"""Turns as padded tensors. The letters used for shapes everywhere:
+"""Turns as padded tensors.
+
+The letters used for shapes everywhere:
 
     B turns, P prompt tokens (padded left), R response tokens (padded right), V vocabulary,
     T turns in time, N environments, D hidden size, K checkpoints.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +72,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.old_values)
 
-    def with_(self, **changes: Tensor) -> Batch:
+    def with_(self, **changes: Any) -> Batch:
         """A copy with some fields replaced."""
         return replace(self, **changes)
 

@@ -147,6 +147,6 @@ class BlackjackEnv(gymnasium.Env[dict[str, Any], str]):
         dealer, action = total(self.dealer[:1])[0], self._right_action()
         thoughts = f"{points}{' soft' if usable else ''} against {dealer}"
         if not self._compact:
-            soft = " with an ace counted as 11" if usable else ""
+            soft = " with a usable ace" if usable else ""
             thoughts = f"My total is {points}{soft} and the dealer shows {dealer}. I {action}."
         return {"thoughts": thoughts, "action": action}

@@ -16,6 +16,7 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 OPERATORS = "+-*/"
+MAX_BRACKETS = 100
 _TOKEN = re.compile(r"\d+|[-+*/()=]|\s+|.", re.DOTALL)
 
 
@@ -32,9 +33,12 @@ def evaluate(tokens: Sequence[str]) -> Fraction:
     """Value of a formula given as tokens; blanks ("") are skipped.
 
     Raises:
-        FormulaError: not a formula of the grammar, or a division by zero.
+        FormulaError: not a formula of the grammar, a division by zero, or more than `MAX_BRACKETS`
+            brackets (the parser is recursive, and the text may be a model's).
     """
     rest = [token for token in tokens if token.strip()][::-1]
+    if rest.count("(") > MAX_BRACKETS:
+        raise FormulaError(f"{rest.count('(')} brackets; at most {MAX_BRACKETS} are read")
     value = _expression(rest)
     if rest:
         raise FormulaError(f"unexpected {rest[-1]!r} after a complete formula")

@@ -25,7 +25,7 @@ class NumberLineEnv(gymnasium.Env[dict[str, Any], str]):
     Episode end: terminated at the goal; truncated after 10 steps. With `early_truncation` any -1 ends
         the episode (terminated: it is a rule of the task, so nothing is bootstrapped).
     Info: `actions`, `target`, `current`; at the end `success` (the goal was reached).
-    Splits: `held-out` is one in five of the (start, goal) pairs; there are no multisets.
+    Splits: `held-out` is 5 of the 30 (start, goal) pairs, `train` the others; there are no multisets.
 
     Args:
         prompt: `full` (published) or `compact`.

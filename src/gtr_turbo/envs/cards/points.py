@@ -19,11 +19,15 @@ from gtr_turbo.envs.contract import SPLITS, AnyText, ContractError, observation_
 
 NUMBERS = tuple(str(n) for n in range(1, 11))
 GRANULARITIES = ("token", "reduction", "formula")
-_STEP = re.compile(r"(-?\d+(?:/\d+)?)\s*([-+*/])\s*(-?\d+(?:/\d+)?)\s*=\s*(-?\d+(?:/\d+)?)")
-_FORMULA = re.compile(r"[\d+\-*/() ]+")
+_NUMBER = r"(-?\d+(?:/\d+)?)"
+_STEP = re.compile(rf"{_NUMBER}\s*([-+*/])\s*{_NUMBER}\s*=\s*{_NUMBER}", re.ASCII)
+_FORMULA = re.compile(r"[\d+\-*/() ]+", re.ASCII)
 
 
 Move = tuple[Fraction, str, Fraction]
+"""`a operator b`."""
+Claim = tuple[Fraction, str, Fraction, Fraction]
+"""`a operator b = c` as a text says it, right or wrong."""
 
 
 @cache
@@ -82,6 +86,34 @@ def trace(steps: Sequence[Step]) -> str:
     """The thought that computes: `7+5=12 (12 9 8), 12-9=3 (3 8), 3*8=24`."""
     parts = [show_step(s) + (f" ({show(s.left)})" if len(s.left) > 1 else "") for s in steps]
     return ", ".join(parts)
+
+
+def holds(claim: Claim) -> bool:
+    """True if the arithmetic is right."""
+    a, operator, b, result = claim
+    return not (operator == "/" and b == 0) and formula.apply(operator, a, b) == result
+
+
+def read_claims(text: str) -> list[Claim]:
+    """Every `a operator b = c` in a text.
+
+    `show_step` writes 8 / (1/3) as `8/1/3=24`; of the two readings the right one is taken. A number over
+    zero makes the claim 0/0=0, which is wrong everywhere.
+    """
+    claims = []
+    for a, operator, b, result in _STEP.findall(text):
+        readings = [(a, operator, b)]
+        if operator == "/" and "/" in a and "/" not in b:
+            numerator, _, denominator = a.partition("/")
+            readings.append((numerator, "/", f"{denominator}/{b}"))
+        found = []
+        for x, op, y in readings:
+            try:
+                found.append((Fraction(x), op, Fraction(y), Fraction(result)))
+            except ZeroDivisionError:
+                found.append((Fraction(0), "/", Fraction(0), Fraction(0)))
+        claims.append(next(filter(holds, found), found[0]))
+    return claims
 
 
 class PointsEnv(gymnasium.Env[dict[str, Any], str]):
@@ -206,7 +238,7 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
 
     def _solved(self) -> bool:
         if self.granularity == "reduction":
-            return self.left == (self.goal,)
+            return self.left == (Fraction(self.goal),)
         return formula.solves(self.tokens, self.numbers, self.goal)
 
     # -- what is shown -------------------------------------------------------------------------
@@ -271,11 +303,6 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
         """
         thoughts, action = str(reply.get("thoughts")), str(reply.get("action")).replace(" ", "")
         facts = {"perception": self._perceives(reply)}
-        steps = [
-            (Fraction(a), operator, Fraction(b), Fraction(c))
-            for a, operator, b, c in _STEP.findall(thoughts[:1000])
-            if not any(part.endswith("/0") for part in (a, b, c))
-        ]
         if self.granularity == "token":
             planned = self._planned_tokens(thoughts)
             if planned is not None:
@@ -285,10 +312,9 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
                 rest = [*planned, "="][len(self.tokens) :]
                 facts["agreement"] = bool(rest) and action == rest[0]
             return facts
+        steps = read_claims(thoughts[:1000])
         if steps:
-            facts["arithmetic"] = all(
-                not (op == "/" and b == 0) and formula.apply(op, a, b) == c for a, op, b, c in steps
-            )
+            facts["arithmetic"] = all(map(holds, steps))
         facts["plan"] = self._plan_holds(steps)
         if self.granularity == "reduction":
             first = f"{steps[0][0]}{steps[0][1]}{steps[0][2]}" if steps else "="
@@ -315,17 +341,14 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
                 return tokens
         return None
 
-    def _plan_holds(self, steps: Sequence[tuple[Fraction, str, Fraction, Fraction]]) -> bool:
+    def _plan_holds(self, steps: Sequence[Claim]) -> bool:
         left = list(self.left)
-        for a, operator, b, result in steps:
-            if a not in left:
+        for claim in steps:
+            a, _, b, result = claim
+            if a not in left or not holds(claim):
                 return False
             left.remove(a)
-            if (
-                b not in left
-                or (operator == "/" and b == 0)
-                or formula.apply(operator, a, b) != result
-            ):
+            if b not in left:
                 return False
             left.remove(b)
             left.append(result)
