@@ -54,11 +54,15 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Settings of a YAML file; a first key `base: NAME` takes another config and changes it.
 
+    Args:
+        path: the file.
+        above: files whose `base` led here.
+
     Raises:
-        ConfigError: not YAML, or not a mapping.
+        ConfigError: not YAML, not a mapping, or its own base.
     """
     import yaml
 
@@ -69,7 +73,13 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold settings (key: value), got {type(settings).__name__}")
     base = settings.pop("base", None)
-    return _merge(read_config(config_file(base)), settings) if base else settings
+    if base is None:
+        return settings
+    above = (*above, path.resolve())
+    below = config_file(str(base))
+    if below.resolve() in above:
+        raise ConfigError(f"base: {base} in {path} leads back to {below}")
+    return _merge(read_config(below, above), settings)
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -168,6 +178,10 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     settings = read_config(source)
     if not options.resume:
         settings.setdefault("name", source.stem)
+    given = over.get("env", {}).get("id")
+    if given is not None and given != settings.get("env", {}).get("id"):
+        # the recipe's options are those of its own environment
+        settings["env"] = {k: v for k, v in settings.get("env", {}).items() if k == "num_envs"}
     config: TrainConfig = build_config(TrainConfig, _merge(settings, over))
     if options.print_config:
         print(dump_config(config), end="")
@@ -318,7 +332,8 @@ def _eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
     print(
         f"{env.id} ({split}), {len(result.records)} episodes, {'greedy' if options.greedy else 'sampled'}"
     )
-    print(f"success  {percent(result.success, result.interval)}")
+    low, high = result.interval
+    print(f"success  {percent(result.success)} (95 % interval {percent(low)} to {percent(high)})")
     print(f"return   {summary['return']:.3f}")
     print(f"valid    {percent(summary['valid'])}")
     for name, value in result.facts.items():
@@ -461,19 +476,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run_command(options, rest))
     except KeyboardInterrupt as interrupt:
-        run = getattr(options, "run", None)
-        again = (
-            f" Go on with: gtr-turbo train --run {run} --resume"
-            if run
-            else " Go on with --run DIR --resume."
-        )
-        print(f"\ninterrupted ({interrupt or 'Ctrl-C'}).{again}", file=sys.stderr)
+        print(f"\ninterrupted ({str(interrupt) or 'Ctrl-C'}).{_go_on(options)}", file=sys.stderr)
         return 130
     except ConfigError as error:
         print(f"gtr-turbo: {error}", file=sys.stderr)
         return 2
     except Exception as error:
         return _failed(error)
+
+
+def _go_on(options: argparse.Namespace) -> str:
+    """How to go on with an interrupted run."""
+    if options.command != "train":
+        return ""
+    return f" Go on with: gtr-turbo train --run {options.run or 'DIR'} --resume"
 
 
 def _failed(error: Exception) -> int:

@@ -112,10 +112,10 @@ class EnvConfig:
     """A built-in name (EZPoints, Points24, NumberLine, Blackjack), a Gymnasium id, or MODULE:ENV_ID."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the environment, such as `prompt`, `early_truncation`, `solvable_only`."""
-    train_split: str | None = "train"
-    """The `split` option while training; null for environments without splits."""
-    eval_split: str | None = "held-out"
-    """The `split` option for the evaluations before and after; null for environments without splits."""
+    train_split: str | None = None
+    """The `split` option while training; null gives none."""
+    eval_split: str | None = None
+    """The `split` option for the evaluations before and after; null gives none."""
     num_envs: int = 64
     """Environments stepped side by side, N."""
 

@@ -42,11 +42,11 @@ def sparkline(values: list[float], width: int = 32) -> str:
 
 
 def percent(value: float | None, interval: Any = None) -> str:
-    """`43.2 % (38.9 - 47.6)`, or a dash."""
+    """`43.2 %`, its interval on a second line, or a dash."""
     if value is None:
         return "-"
     text = f"{100 * value:.1f} %"
-    return f"{text} ({100 * interval[0]:.1f} - {100 * interval[1]:.1f})" if interval else text
+    return f"{text}\n{100 * interval[0]:.1f} - {100 * interval[1]:.1f}" if interval else text
 
 
 class TerminalView:
@@ -158,14 +158,13 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
             f"before/{split}/student", f"after/{split}/student", f"after/{split}/teacher"
         )]  # fmt: skip
         shown = [percent(cell.get("success"), cell.get("interval")) for cell in cells]
-        table.add_row(f"{split}, {summary['episodes']} episodes", *shown)
+        name = f"{split}, " if split != "None" else ""
+        table.add_row(f"{name}{summary['episodes']} episodes", *shown)
     console.print(table)
     student, merge = summary["success_after"], summary["success_merge"]
     if student is not None and merge is not None:
-        better = "the merge" if merge > student else "the student"
-        console.print(
-            f"Better on {summary['split']} deals: {better}. Both are loadable:", highlight=False
-        )
+        better = "the merge" if merge > student else "the student" if student > merge else "neither"
+        console.print(f"Better by the numbers: {better}. Both are loadable:", highlight=False)
     for which in ("student", "teacher"):
         console.print(f"  {which}  {summary[which]}", soft_wrap=True, highlight=False, markup=False)
     console.print(

@@ -32,7 +32,7 @@ class Writer(Protocol):
 
 
 class JsonlWriter:
-    """`metrics.jsonl`: one JSON object a line, flushed, so that a run can be followed with `tail -f`."""
+    """`metrics.jsonl`: one JSON object a line; closed after each, so that nothing is lost however a run ends."""
 
     def __init__(self, path: Path, keep_until: int) -> None:
         """Append to `path` after dropping rows of updates beyond `keep_until` (those are made again)."""
@@ -40,17 +40,15 @@ class JsonlWriter:
             rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
             kept = [line for line in rows if _update_of(line) <= keep_until]
             write_atomically(path, "".join(f"{line}\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        self._path = path
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append one line."""
-        self._file.write(json.dumps(dict(row)) + "\n")
-        self._file.flush()
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(row)) + "\n")
 
     def close(self) -> None:
-        """Sync and close."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Nothing is open."""
 
 
 def _update_of(line: str) -> float:
@@ -77,6 +75,7 @@ class TensorBoardWriter:
         for name, number in row.items():
             if "/" in name:
                 self._writer.add_scalar(name, number, int(row["env_steps"]))
+        self._writer.flush()
 
     def close(self) -> None:
         """Flush and close."""

@@ -221,7 +221,7 @@ def _one(
     episodes = config.eval.episodes
 
     def told(done: int) -> None:
-        view.evaluating(f"{what} ({split})", done, episodes)
+        view.evaluating(f"{what} ({split})" if split else what, done, episodes)
 
     result: Evaluation = evaluate(
         policy,

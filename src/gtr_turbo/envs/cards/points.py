@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from functools import cache
 from typing import Any, ClassVar
 
 import gymnasium
@@ -15,105 +13,23 @@ from gtr_turbo import prompts
 from gtr_turbo.envs.cards import deals, drawing, formula
 from gtr_turbo.envs.cards.drawing import Card
 from gtr_turbo.envs.cards.formula import Solution, Step
+from gtr_turbo.envs.cards.plans import (
+    as_formula,
+    evaluates_to,
+    holds,
+    leads_to,
+    make_steps,
+    planned_formula,
+    plans,
+    read_claims,
+    show,
+    show_step,
+    trace,
+)
 from gtr_turbo.envs.contract import SPLITS, AnyText, ContractError, observation_space
 
 NUMBERS = tuple(str(n) for n in range(1, 11))
 GRANULARITIES = ("token", "reduction", "formula")
-_NUMBER = r"(-?\d+(?:/\d+)?)"
-_STEP = re.compile(rf"{_NUMBER}\s*([-+*/])\s*{_NUMBER}\s*=\s*{_NUMBER}", re.ASCII)
-_FORMULA = re.compile(r"[\d+\-*/() ]+", re.ASCII)
-
-
-Move = tuple[Fraction, str, Fraction]
-"""`a operator b`."""
-Claim = tuple[Fraction, str, Fraction, Fraction]
-"""`a operator b = c` as a text says it, right or wrong."""
-
-
-@cache
-def _moves(
-    numbers: tuple[Fraction, ...], goal: int, operators: str
-) -> tuple[tuple[Move, ...], ...]:
-    """`plans` as moves (a, operator, b) for sorted numbers; there are 715 multisets of four values."""
-    if len(numbers) == 1:
-        return ((),) if numbers[0] == goal else ()
-    natural: dict[tuple[Move, ...], None] = {}
-    others: dict[tuple[Move, ...], None] = {}
-    for _, _, step in formula.reductions(numbers, operators):
-        if step.operator in "+*" and step.a < step.b:
-            continue
-        for rest in _moves(tuple(sorted(step.left)), goal, operators):
-            way = ((step.a, step.operator, step.b), *rest)
-            values = [formula.apply(operator, a, b) for a, operator, b in way]
-            whole = all(value.denominator == 1 and value >= 0 for value in values)
-            (natural if whole else others)[way] = None
-    return tuple(natural or others)
-
-
-def make_steps(numbers: tuple[Fraction, ...], moves: Sequence[Move]) -> tuple[Step, ...]:
-    """The moves as steps from `numbers`: what is left keeps its order, the result goes in front."""
-    steps = []
-    for a, operator, b in moves:
-        left = list(numbers)
-        left.remove(a)
-        left.remove(b)
-        result = formula.apply(operator, a, b)
-        numbers = (result, *left)
-        steps.append(Step(a, operator, b, result, numbers))
-    return tuple(steps)
-
-
-def plans(numbers: tuple[Fraction, ...], goal: int, operators: str) -> tuple[tuple[Move, ...], ...]:
-    """Ways from `numbers` to `goal` as a person would write them.
-
-    Larger operand first where it does not matter; only non-negative whole numbers unless no such way
-    exists. Equal ways are listed once.
-    """
-    return _moves(tuple(sorted(numbers)), goal, operators)
-
-
-def show(numbers: Sequence[Fraction]) -> str:
-    """Numbers as text, with blanks between."""
-    return " ".join(str(n) for n in numbers)
-
-
-def show_step(step: Step) -> str:
-    """A step as text: `8*3=24`."""
-    return f"{step.a}{step.operator}{step.b}={step.result}"
-
-
-def trace(steps: Sequence[Step]) -> str:
-    """The thought that computes: `7+5=12 (12 9 8), 12-9=3 (3 8), 3*8=24`."""
-    parts = [show_step(s) + (f" ({show(s.left)})" if len(s.left) > 1 else "") for s in steps]
-    return ", ".join(parts)
-
-
-def holds(claim: Claim) -> bool:
-    """True if the arithmetic is right."""
-    a, operator, b, result = claim
-    return not (operator == "/" and b == 0) and formula.apply(operator, a, b) == result
-
-
-def read_claims(text: str) -> list[Claim]:
-    """Every `a operator b = c` in a text.
-
-    `show_step` writes 8 / (1/3) as `8/1/3=24`; of the two readings the right one is taken. A number over
-    zero makes the claim 0/0=0, which is wrong everywhere.
-    """
-    claims = []
-    for a, operator, b, result in _STEP.findall(text):
-        readings = [(a, operator, b)]
-        if operator == "/" and "/" in a and "/" not in b:
-            numerator, _, denominator = a.partition("/")
-            readings.append((numerator, "/", f"{denominator}/{b}"))
-        found = []
-        for x, op, y in readings:
-            try:
-                found.append((Fraction(x), op, Fraction(y), Fraction(result)))
-            except ZeroDivisionError:
-                found.append((Fraction(0), "/", Fraction(0), Fraction(0)))
-        claims.append(next(filter(holds, found), found[0]))
-    return claims
 
 
 class PointsEnv(gymnasium.Env[dict[str, Any], str]):
@@ -304,7 +220,7 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
         thoughts, action = str(reply.get("thoughts")), str(reply.get("action")).replace(" ", "")
         facts = {"perception": self._perceives(reply)}
         if self.granularity == "token":
-            planned = self._planned_tokens(thoughts)
+            planned = planned_formula(thoughts[:1000])
             if planned is not None:
                 facts["plan"] = formula.solves(planned, self.numbers, self.goal) and (
                     planned[: len(self.tokens)] == self.tokens
@@ -315,12 +231,12 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
         steps = read_claims(thoughts[:1000])
         if steps:
             facts["arithmetic"] = all(map(holds, steps))
-        facts["plan"] = self._plan_holds(steps)
+        facts["plan"] = leads_to(self.left, steps, self.goal)
         if self.granularity == "reduction":
             first = f"{steps[0][0]}{steps[0][1]}{steps[0][2]}" if steps else "="
             facts["agreement"] = action == first
         elif steps:
-            facts["agreement"] = self._evaluates_to(action, steps[-1][3])
+            facts["agreement"] = evaluates_to(action[:200], steps[-1][3])
         return facts
 
     def _perceives(self, reply: Mapping[str, Any]) -> bool:
@@ -333,34 +249,6 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
             " ", ""
         )
 
-    def _planned_tokens(self, thoughts: str) -> list[str] | None:
-        """The last formula in the thought that names at least two numbers, as tokens."""
-        for text in reversed(_FORMULA.findall(thoughts[:1000])):
-            tokens = formula.tokenize(text)
-            if sum(token.isdigit() for token in tokens) >= 2:
-                return tokens
-        return None
-
-    def _plan_holds(self, steps: Sequence[Claim]) -> bool:
-        left = list(self.left)
-        for claim in steps:
-            a, _, b, result = claim
-            if a not in left or not holds(claim):
-                return False
-            left.remove(a)
-            if b not in left:
-                return False
-            left.remove(b)
-            left.append(result)
-        return left == [self.goal]
-
-    @staticmethod
-    def _evaluates_to(text: str, value: Fraction) -> bool:
-        try:
-            return formula.evaluate(formula.tokenize(text[:200])) == value
-        except formula.FormulaError:
-            return False
-
     def demonstrate(self, rng: np.random.Generator) -> dict[str, Any]:
         """An expert's reply; with probability `1 - solving` its plan is right but misses the goal."""
         cards = self.numbers if self._compact else [drawing.RANKS[card.rank] for card in self.cards]
@@ -370,7 +258,7 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
             steps = self._demonstrate_steps(rng)
             thoughts = trace(steps) if steps else show(self.left)
             first = f"{steps[0].a}{steps[0].operator}{steps[0].b}" if steps else "="
-            action = first if self.granularity == "reduction" else self._as_formula(steps)
+            action = first if self.granularity == "reduction" else as_formula(self.numbers, steps)
         return {
             "cards": cards,
             "formula": self.formula_text(),
@@ -395,15 +283,6 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
             steps.append(options[rng.integers(len(options))])
             left = steps[-1].left
         return tuple(steps)
-
-    def _as_formula(self, steps: Sequence[Step]) -> str:
-        """The steps as one formula."""
-        items: list[tuple[Fraction, str, str]] = [(Fraction(n), "", str(n)) for n in self.numbers]
-        for step in steps:
-            a = items.pop(next(i for i, item in enumerate(items) if item[0] == step.a))
-            b = items.pop(next(i for i, item in enumerate(items) if item[0] == step.b))
-            items.insert(0, formula.combine(a, b, step.operator, step.result))
-        return items[0][2]
 
     def _demonstrate_token(self, rng: np.random.Generator) -> tuple[str, str]:
         fitting = self._fitting(tuple(self.tokens), tuple(self.numbers))

@@ -1,0 +1,134 @@
+import pytest
+import torch
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from gtr_turbo.config import SamplingConfig
+from gtr_turbo.policy.generation import generate, warp
+from tiny import make_policy, observations, perturb
+
+
+@pytest.fixture
+def policy(either):
+    """Replies of this one end after different numbers of tokens: the logit of the end token is a random
+    projection of the hidden state, the first one that does so.
+    """
+    made = make_policy(either, temperature=1.0)
+    perturb(made)
+    end, generator = made.processor.end_token_id, torch.Generator().manual_seed(3)
+    direction = torch.zeros(128)
+
+    def sometimes(module, arguments, logits):
+        logits = logits.clone()
+        logits[..., end] = logits.amax(-1) + 0.2 * (arguments[0] @ direction)
+        return logits
+
+    made._plain.get_output_embeddings().register_forward_hook(sometimes)
+    observed = observations(made, 6)
+    for _ in range(50):
+        direction.normal_(generator=generator)
+        lengths = {len(row) for row in write(made, observed, greedy=True)}
+        if (
+            len(lengths) > 2
+            and len({len(row) for row in write(made, observed[:5], greedy=True)}) > 1
+        ):
+            return made
+    raise AssertionError("no direction ends replies at different steps")
+
+
+def write(policy, observed, *, seed=0, greedy=False, **sampling):
+    sampling = SamplingConfig(**{"max_new_tokens": 12, **sampling})
+    generator = torch.Generator().manual_seed(seed)
+    written = generate(policy, observed, sampling, generator, greedy=greedy)
+    return [reply.response_ids.tolist() for reply in written]
+
+
+@torch.no_grad()
+def test_greedy_equals_the_generate_of_transformers(policy):
+    observed = observations(policy, 5)
+    lengths = [len(o.prompt_ids) for o in observed]
+    assert len(set(lengths)) > 1
+    ours = write(policy, observed, greedy=True)
+    assert len({len(reply) for reply in ours}) > 1  # rows end at different steps
+    pad, end = policy.processor.pad_token_id, policy.processor.end_token_id
+    ids = torch.full((5, max(lengths)), pad)
+    mask = torch.zeros_like(ids)
+    for i, o in enumerate(observed):
+        ids[i, -lengths[i] :], mask[i, -lengths[i] :] = o.prompt_ids, 1
+    theirs = policy.model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        mm_token_type_ids=(ids == policy.processor.image_token_id).int(),
+        **policy.processor.image_inputs([o.frame for o in observed]),
+        do_sample=False,
+        max_new_tokens=12,
+        eos_token_id=end,
+        pad_token_id=pad,
+        suppress_tokens=policy.processor.banned_token_ids,
+    )[:, max(lengths) :].tolist()
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row == expected[: len(row)]
+        assert all(token == pad for token in expected[len(row) :])
+
+
+def test_a_row_ends_at_its_own_end_token_as_if_it_were_alone(policy):
+    observed, end = observations(policy, 6), policy.processor.end_token_id
+    together = write(policy, observed, greedy=True)
+    assert any(row[-1] == end and len(row) > 1 for row in together)
+    for i, row in enumerate(together):
+        assert end not in row[:-1]
+        assert row[-1] == end or len(row) == 12
+        assert write(policy, observed[i : i + 1], greedy=True) == [row]
+
+
+def test_a_reply_is_cut_at_the_limit(policy):
+    observed = observations(policy, 6)
+    full = write(policy, observed, greedy=True)
+    for limit in (1, 3):
+        assert write(policy, observed, greedy=True, max_new_tokens=limit) == [
+            row[:limit] for row in full
+        ]
+
+
+def test_the_generator_is_the_only_randomness(policy):
+    observed = observations(policy, 4)
+    torch.manual_seed(0)
+    first = write(policy, observed, seed=5)
+    torch.manual_seed(1)
+    assert write(policy, observed, seed=5) == first
+    assert write(policy, observed, seed=6) != first
+
+
+def test_top_one_is_greedy(policy):
+    observed = observations(policy, 4)
+    assert write(policy, observed, seed=1, top_k=1) == write(policy, observed, greedy=True)
+
+
+def test_top_k_keeps_the_k_likeliest():
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
+    kept = warp(logits, torch.zeros((1, 0), dtype=torch.long), SamplingConfig(top_k=2))
+    assert kept.isfinite().tolist() == [[False, True, False, True]]
+    assert warp(logits, torch.tensor([[1]]), SamplingConfig()) is logits
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    torch.manual_seed(0)
+    logits, seen = torch.randn(3, 20), torch.randint(0, 20, (3, 9))
+    ours = warp(logits, seen, SamplingConfig(repetition_penalty=1.3))
+    theirs = RepetitionPenaltyLogitsProcessor(1.3)(seen, logits)
+    assert torch.equal(ours, theirs)
+
+
+def test_sampling_follows_the_temperature(policy):
+    """Frequencies of the first token over 500 draws, at the scored probabilities."""
+    (observed,) = observations(policy, 1)
+    with torch.no_grad():
+        first = generate(
+            policy, [observed] * 500, SamplingConfig(max_new_tokens=1),
+            torch.Generator().manual_seed(0),
+        )  # fmt: skip
+    ids = torch.tensor([int(reply.response_ids[0]) for reply in first])
+    probability = {int(r.response_ids[0]): float(r.logprobs[0].exp()) for r in first}
+    token = max(probability, key=lambda t: probability[t])
+    p = probability[token]
+    share = (ids == token).float().mean()
+    assert abs(share - p) < 4 * (p * (1 - p) / 500) ** 0.5  # four standard errors

@@ -1,0 +1,39 @@
+"""The shipped starters: small files of real classes that read the cards and play modestly."""
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from gtr_turbo.config import EnvConfig, ModelConfig, SamplingConfig
+from gtr_turbo.evaluate import evaluate
+from gtr_turbo.policy import starter
+from gtr_turbo.policy.model import Policy
+
+CLASSES = {
+    "qwen3-vl": "Qwen3VLForConditionalGeneration",
+    "qwen2.5-vl": "Qwen2_5_VLForConditionalGeneration",
+}
+
+
+@pytest.mark.parametrize("name", starter.ARCHITECTURES)
+def test_a_starter_is_a_small_bf16_file_of_a_stock_class(name):
+    folder = starter.FOLDER / name
+    assert (folder / "model.safetensors").stat().st_size < 8e6
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert type(model).__name__ == CLASSES[name]
+    assert next(model.parameters()).dtype == torch.bfloat16
+    tokens = AutoTokenizer.from_pretrained(folder)
+    assert tokens.convert_ids_to_tokens(tokens.encode("8*3=24")) == ["8", "*", "3", "=", "24"]
+
+
+@pytest.mark.parametrize("name", starter.ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("env", "options"),
+    [("EZPoints", {}), ("Points24", {"granularity": "reduction", "solvable_only": True})],
+)
+def test_a_starter_reads_cards_it_never_saw_and_wins_some(name, env, options):
+    policy = Policy(ModelConfig(path=f"tiny-{name}", attention="eager"), temperature=1.0)
+    config = EnvConfig(id=env, options={"prompt": "compact", "early_truncation": True, **options})
+    result = evaluate(policy, config, SamplingConfig(), episodes=96, split="held-out", seed=1)
+    assert result.facts["perception"] > 0.95
+    assert 0.02 < result.success < 0.45

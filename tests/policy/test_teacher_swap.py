@@ -1,0 +1,207 @@
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+from gtr_turbo.policy.scoring import score
+from tiny import inputs_of, make_policy, observations, perturb, responses
+
+LORA = {"train": "lora", "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+FORMS = pytest.mark.parametrize("form", [{}, LORA], ids=["full", "lora"])
+
+
+def noise(policy, *, scale=0.02, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return {n: scale * torch.randn(d.shape, generator=generator) for n, d in policy.deltas()}
+
+
+def bits(policy):
+    return {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+
+
+def same(a, b):
+    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@torch.no_grad()
+def logprobs(policy):
+    observed = observations(policy, 2)
+    return score(policy, inputs_of(policy, observed, responses(policy, 2))).logprobs
+
+
+@torch.no_grad()
+def plain_logprobs(policy, model):
+    """The same from a stock model, one row after the other, without our scoring."""
+    observed, written = observations(policy, 2), responses(policy, 2)
+    rows = []
+    for seen, reply in zip(observed, written, strict=True):
+        ids = torch.cat([seen.prompt_ids, reply])[None]
+        kinds = (ids == policy.processor.image_token_id).int()
+        pixels = policy.processor.image_inputs([seen.frame])
+        logits = model.eval()(input_ids=ids, mm_token_type_ids=kinds, **pixels).logits[0]
+        logits[:, policy.processor.banned_token_ids] = -torch.inf
+        everything = (logits / policy.temperature).log_softmax(-1)[-len(reply) - 1 : -1]
+        rows.append(everything.gather(1, reply[:, None])[:, 0])
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def stock(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager")
+
+
+@FORMS
+def test_the_weights_come_back_bit_for_bit(either, form):
+    policy = make_policy(either, **form)
+    perturb(policy)
+    policy.load_teacher(noise(policy))
+    before, own = bits(policy), logprobs(policy)
+    with policy.as_teacher():
+        assert not same(bits(policy), before)
+        assert (logprobs(policy) - own).abs().max() > 1e-3
+    assert same(bits(policy), before)
+    with pytest.raises(ZeroDivisionError), policy.as_teacher():
+        raise ZeroDivisionError
+    assert same(bits(policy), before)
+    assert torch.equal(logprobs(policy), own)
+
+
+@FORMS
+def test_the_teacher_is_start_plus_change_whatever_the_student_became(either, form, tmp_path):
+    policy = make_policy(either, **form)
+    change = noise(policy)
+    policy.load_teacher(change)
+    perturb(policy)
+    merged = stock(either)
+    with torch.no_grad():
+        for name, parameter in merged.named_parameters():
+            parameter += change.get(name, 0.0)
+    expected = plain_logprobs(policy, merged)
+    with policy.as_teacher():
+        torch.testing.assert_close(logprobs(policy), expected, atol=1e-4, rtol=0)
+    norm = sum(float((tensor**2).sum()) for tensor in change.values()) ** 0.5
+    assert policy.teacher_distance() == pytest.approx(norm, rel=1e-6)
+
+
+@FORMS
+def test_student_and_teacher_load_in_stock_libraries(either, form, tmp_path):
+    policy = make_policy(either, **form)
+    perturb(policy)
+    policy.load_teacher(noise(policy))
+    policy.save_student(tmp_path / "student")
+    policy.save_teacher(tmp_path / "teacher")
+    if form:
+        student = PeftModel.from_pretrained(stock(either), tmp_path / "student")
+        assert (tmp_path / "student" / "adapter_config.json").exists()
+    else:
+        student = stock(tmp_path / "student")
+    expected = logprobs(policy)
+    torch.testing.assert_close(plain_logprobs(policy, student), expected, atol=1e-4, rtol=0)
+    with policy.as_teacher():
+        expected = logprobs(policy)
+    teacher = plain_logprobs(policy, stock(tmp_path / "teacher"))
+    torch.testing.assert_close(teacher, expected, atol=1e-4, rtol=0)
+    # and the folder is a model to begin with: processor included
+    assert torch.equal(logprobs(make_policy(tmp_path / "teacher")), expected)
+
+
+@FORMS
+def test_the_change_of_the_student_gives_the_student(either, form):
+    policy = make_policy(either, **form)
+    perturb(policy)
+    own = logprobs(policy)
+    policy.load_teacher(dict(policy.deltas()))
+    with policy.as_teacher():
+        torch.testing.assert_close(logprobs(policy), own, atol=1e-4, rtol=0)
+
+
+def test_changes_of_adapters_are_scale_times_b_times_a(tiny):
+    policy = make_policy(tiny, **LORA)
+    assert all((delta == 0).all() for _, delta in policy.deltas())
+    assert all("lora_" in name for name in policy.trained())
+    assert not any("visual" in name for name in policy.trained())
+    perturb(policy)
+    weights = policy.trained()
+    deltas = dict(policy.deltas())
+    assert 2 * len(deltas) == len(weights)
+    for name, delta in deltas.items():
+        stem = "base_model.model." + name.removesuffix(".weight")
+        a, b = weights[f"{stem}.lora_A.default.weight"], weights[f"{stem}.lora_B.default.weight"]
+        torch.testing.assert_close(delta, 2.0 * (b @ a).detach())  # 8 / 4
+
+
+def test_full_training_trains_the_language_model_and_the_tower_only_if_asked(tiny):
+    names = {name for name, _ in make_policy(tiny).model.named_parameters()}
+    language = {name for name in names if "visual" not in name}
+    assert set(make_policy(tiny).trained()) == language
+    assert set(make_policy(tiny, vision="trained").trained()) == names
+
+
+def test_a_run_from_an_adapter_counts_it_as_the_start(tiny, tmp_path):
+    first = make_policy(tiny, **LORA)
+    perturb(first)
+    first.save_student(tmp_path / "adapter")
+    policy = make_policy(tiny, **LORA, adapter=str(tmp_path / "adapter"))
+    start = logprobs(policy)
+    torch.testing.assert_close(start, logprobs(first), atol=1e-5, rtol=0)
+    zero = dict(policy.deltas())
+    assert all((delta == 0).all() for delta in zero.values())
+    policy.load_teacher(zero)
+    perturb(policy, seed=9)
+    with policy.as_teacher():  # the teacher of no change is the model the run began with
+        torch.testing.assert_close(logprobs(policy), start, atol=1e-4, rtol=0)
+    policy.load_teacher(dict(policy.deltas()))
+    own = logprobs(policy)
+    assert (own - start).abs().max() > 1e-2
+    with policy.as_teacher():
+        torch.testing.assert_close(logprobs(policy), own, atol=1e-4, rtol=0)
+
+
+@FORMS
+def test_merging_twice_with_different_inputs_changes_the_teacher(tiny, form):
+    """The published code kept its first teacher for the whole run (METHOD section 8, number 1)."""
+    policy = make_policy(tiny, **form)
+    scores = []
+    for seed in (1, 2):
+        policy.load_teacher(noise(policy, seed=seed))
+        with policy.as_teacher():
+            scores.append(logprobs(policy))
+    assert (scores[0] - scores[1]).abs().max() > 1e-3
+
+
+@FORMS
+def test_a_teacher_with_missing_or_unknown_tensors_is_refused(tiny, form):
+    policy = make_policy(tiny, **form)
+    change = noise(policy)
+    name = next(iter(change))
+    with pytest.raises(KeyError, match="do not match"):
+        policy.load_teacher({k: v for k, v in change.items() if k != name})
+    with pytest.raises(KeyError, match="unheard"):
+        policy.load_teacher({**change, "unheard": change[name]})
+
+
+def test_without_a_teacher_there_is_nothing_to_swap_in(tiny):
+    policy = make_policy(tiny)
+    assert not policy.has_teacher
+    with pytest.raises(RuntimeError, match="load_teacher"), policy.as_teacher():
+        pass
+    with pytest.raises(RuntimeError, match="load_teacher"):
+        policy.teacher_state()
+
+
+@FORMS
+def test_the_state_of_a_teacher_is_exact(tiny, form):
+    policy, other = make_policy(tiny, **form), make_policy(tiny, **form)
+    policy.load_teacher(noise(policy))
+    other.load_teacher_state(policy.teacher_state())
+    assert other.teacher_distance() == policy.teacher_distance()
+    with policy.as_teacher(), other.as_teacher():
+        assert torch.equal(logprobs(policy), logprobs(other))
+
+
+def test_the_saved_adapter_names_its_rank(tiny, tmp_path):
+    make_policy(tiny, **LORA).save_student(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"]) == (4, 8)
+    assert not any("visual" in name or "lm_head" in name for name in saved["target_modules"])

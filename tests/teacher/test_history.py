@@ -1,0 +1,146 @@
+import pytest
+import torch
+
+from gtr_turbo.config import TeacherConfig
+from gtr_turbo.merging.methods import ema, linear, sma, ties
+from gtr_turbo.teacher.history import History
+
+KINDS = [
+    {"method": method, "weights": weights}
+    for method in ("ties", "linear")
+    for weights in ("sma", "ema")
+]
+
+
+def checkpoints(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.zeros(6, 5), torch.zeros(7)
+    made = []
+    for _ in range(count):
+        a = a + torch.randn(a.shape, generator=generator)
+        b = b + torch.randn(b.shape, generator=generator)
+        made.append({"layer:0.weight": a, "layer.bias": b})
+    return made
+
+
+def remember(history, deltas):
+    for delta in deltas:
+        history.add(delta.items())
+    return history
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_merge_moves_when_the_checkpoints_do(kind):
+    # the published teacher froze at its first merge
+    history = History(TeacherConfig(**kind))
+    previous = None
+    for delta in checkpoints(5):
+        history.add(delta.items())
+        merged = history.merge()
+        if previous is not None:
+            assert not any(torch.equal(merged[name], previous[name]) for name in merged)
+        previous = merged
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_changes_neither_the_history_nor_an_earlier_merge(kind):
+    deltas = checkpoints(4)
+    history = remember(History(TeacherConfig(**kind)), deltas[:3])
+    first = history.merge()
+    kept = {name: tensor.clone() for name, tensor in first.items()}
+    assert equal(history.merge(), kept)
+    history.add(deltas[3].items())
+    assert equal(first, kept)
+    undisturbed = remember(History(TeacherConfig(**kind)), deltas)
+    assert equal(history.merge(), undisturbed.merge())
+    assert equal(deltas[0], checkpoints(1)[0])
+
+
+@pytest.mark.parametrize("method", ["ties", "linear"])
+def test_sma_over_eight_checkpoints_weighs_each_an_eighth(method):
+    for moved in range(8):
+        history = History(TeacherConfig(method=method, density=1.0))
+        for k in range(8):
+            history.add([("w", torch.tensor([9.0 if k == moved else 1.0]))])
+        assert history.merge()["w"].item() == pytest.approx(2.0, abs=1e-6)
+    assert history.count == 8
+
+
+def test_ema_weighs_the_newest_by_alpha():
+    # 8, then .5 * 0 + .5 * 8 = 4, then .5 * 2 + .5 * 4 = 3
+    history = History(TeacherConfig(method="linear", weights="ema"))
+    for value in (8.0, 0.0, 2.0):
+        history.add([("w", torch.tensor([value]))])
+    assert history.merge()["w"].tolist() == [3.0]
+    # TIES leaves the zero out: weights 1/4, 1/4, 1/2, so (8 / 4 + 2 / 2) / (3 / 4) = 4
+    history = History(TeacherConfig(weights="ema"))
+    for value in (8.0, 0.0, 2.0):
+        history.add([("w", torch.tensor([value]))])
+    assert history.merge()["w"].tolist() == [4.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_history_is_the_merge_of_all_checkpoints(kind):
+    deltas = checkpoints(9)
+    merged = remember(History(TeacherConfig(**kind)), deltas).merge()
+    method = {"ties": ties, "linear": linear}[kind["method"]]
+    weights = sma(9) if kind["weights"] == "sma" else ema(9, 0.5)
+    for name, tensor in merged.items():
+        exact = method([delta[name] for delta in deltas], weights, density=0.8)
+        assert torch.allclose(tensor, exact, atol=1e-6)
+        if kind == {"method": "ties", "weights": "sma"}:
+            assert torch.equal(tensor, exact)
+
+
+def test_a_linear_merge_is_the_mean():
+    history = History(TeacherConfig(method="linear"))
+    for value in (1.0, -2.0, 7.0):
+        history.add([("w", torch.tensor([value, 3.0]))])
+    assert history.merge()["w"].tolist() == [2.0, 3.0]
+
+
+def test_merges_are_due_after_every_interval():
+    every = History(TeacherConfig(interval=1))
+    assert [every.merge_is_due(i) for i in range(3)] == [True, True, True]
+    third = History(TeacherConfig(interval=3))
+    assert [third.merge_is_due(i) for i in range(7)] == [
+        False, False, True, False, False, True, False,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_history_goes_on_bit_for_bit(kind):
+    deltas = checkpoints(7)
+    history = remember(History(TeacherConfig(**kind)), deltas[:4])
+    saved = {name: tensor.clone() for name, tensor in history.state().items()}
+    restored = History(TeacherConfig(**kind))
+    restored.load_state(saved)
+    assert restored.count == 4
+    assert equal(restored.merge(), history.merge())
+    remember(history, deltas[4:])
+    remember(restored, deltas[4:])
+    assert equal(restored.merge(), history.merge())
+    assert equal(restored.state(), history.state())
+    # what was saved is a copy of its own
+    again = History(TeacherConfig(**kind))
+    again.load_state(saved)
+    assert again.count == 4
+    assert equal(again.merge(), remember(History(TeacherConfig(**kind)), deltas[:4]).merge())
+
+
+@pytest.mark.parametrize(("method", "sums"), [("ties", 4), ("linear", 1)])
+def test_what_is_kept_does_not_grow_with_the_history(method, sums):
+    history = History(TeacherConfig(method=method))
+    for delta in checkpoints(6):
+        history.add(delta.items())
+        # count, and `sums` numbers for each of 30 + 7 parameters
+        assert sum(tensor.numel() for tensor in history.state().values()) == 1 + sums * 37
+
+
+def test_nothing_cannot_be_merged():
+    with pytest.raises(RuntimeError, match="no checkpoint was added"):
+        History(TeacherConfig()).merge()

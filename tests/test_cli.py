@@ -1,0 +1,311 @@
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import yaml
+
+from gtr_turbo import cli
+from gtr_turbo.checkpoint import folders
+from gtr_turbo.cli import build_config, config_file, config_names, dump_config, main, read_config
+from gtr_turbo.config import ConfigError, SFTConfig, TrainConfig
+from gtr_turbo.terminal import TerminalView
+from tiny import scripted
+
+SMALL = {
+    "model": {"attention": "eager"},
+    "env": {"num_envs": 2, "options": {"prompt": "compact"}},
+    "sampling": {"max_new_tokens": 4},
+    "rollout": {"turns_per_env": 2},
+    "ppo": {"minibatch_turns": 4, "microbatch_turns": 4, "epochs": 1},
+    "eval": {"episodes": 2},
+    "save": {"interval": 1},
+    "env_steps": 4,
+    "threads": 1,
+    "tensorboard": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def small(tiny, tmp_path):
+    """A config file for a run of one update."""
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, "model": {**SMALL["model"], "path": str(tiny)}}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """Folder of a finished run of one update."""
+    folder = tmp_path_factory.mktemp("runs")
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, "model": {**SMALL["model"], "path": str(tiny)}}))
+    assert main(["train", "--config", str(path), "--run", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def fails(capsys, arguments, *parts, code=2):
+    """The command ends with `code` and one line that holds all `parts`."""
+    assert main(arguments) == code
+    error = capsys.readouterr().err
+    assert error.startswith("gtr-turbo: ")
+    assert "Traceback" not in error
+    for part in parts:
+        assert part in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--ppo.lrr", "1"], ["unknown setting 'ppo.lrr'", "Did you mean 'lr'?"]),
+        (["--pppo.lr", "1"], ["unknown setting 'pppo'", "Did you mean 'ppo'?"]),
+        (["--ppo", "3"], ["ppo must be a group of settings"]),
+        (["--ppo.lr", "fast"], ["lr", "fast"]),
+        (["--ppo.epochs", "1.5"], ["epochs"]),
+        (["--teacher.method", "tie"], ["method", "tie"]),
+        (["--teacher.density", "2"], ["teacher.density=2", "(0, 1]"]),
+        (["--ppo.gamma", "1.5"], ["ppo.gamma=1.5 must be between 0 and 1"]),
+        (["--sampling.temperature", "0"], ["sampling.temperature=0", "greater than 0"]),
+        (["--rollout.turns_per_env", "3"],
+         ["ppo.minibatch_turns=64 must divide", "64 * 3 = 192", "5"][:2]),
+        (["--ppo.minibatch_turns", "96", "--ppo.microbatch_turns", "96"],
+         ["ppo.minibatch_turns=96 must divide env.num_envs * rollout.turns_per_env = 64 * 4 = 256"]),
+        (["--ppo.microbatch_turns", "48"], ["ppo.microbatch_turns=48 must divide"]),
+        (["--env_steps", "100"], ["env_steps=100 is less than one update of 256 turns"]),
+        (["--guidance.credit", "token", "--ppo.ratio", "sequence"], ["needs ppo.ratio='token'"]),
+        (["--env.options.split", "train"], ["set env.train_split and env.eval_split"]),
+        (["--config", "ezpoint"], ["'ezpoint' is neither a file", "Did you mean 'ezpoints'?"]),
+        (["--resume"], ["--resume needs --run DIR"]),
+        (["surplus"], ["cannot read 'surplus'"]),
+        (["--ppo.lr"], ["cannot read '--ppo.lr'"]),
+        (["--ppo.lr", "[1"], ["value of --ppo.lr cannot be read"]),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_explained_in_one_line(capsys, tmp_path, arguments, parts):
+    run = tmp_path / "run"
+    if "192" in "".join(parts):
+        arguments = [*arguments, "--ppo.minibatch_turns", "128", "--ppo.microbatch_turns", "64"]
+        parts = ["ppo.minibatch_turns=128 must divide", "64 * 3 = 192"]
+    extra = [] if "--resume" in arguments else ["--run", str(run)]
+    fails(capsys, ["train", *arguments, *extra], *parts)
+    assert not run.exists()
+
+
+def test_settings_meet_in_the_order_file_then_command_line(capsys, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: ezpoints\nppo: {lr: 3.0e-5}\nenv: {options: {prompt: full}}\n")
+    arguments = ["train", "--config", str(path), "--rollout.format_invalid", "-3",
+                 "--env.options.solvable_only=true", "--seed", "7", "--print_config"]  # fmt: skip
+    assert main(arguments) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["ppo"]["lr"] == 3e-5
+    assert shown["rollout"]["format_invalid"] == -3
+    assert shown["seed"] == 7
+    assert shown["name"] == "mine"
+    base = read_config(config_file("ezpoints"))
+    assert shown["env"]["options"] == {
+        **base["env"]["options"], "prompt": "full", "solvable_only": True
+    }  # fmt: skip
+
+
+def test_a_printed_config_is_read_back_equal(capsys, tmp_path):
+    assert (
+        main(["train", "--print_config", "--ppo.lr", "1e-05", "--eval.extra_splits", "[all]"]) == 0
+    )
+    text = capsys.readouterr().out
+    path = tmp_path / "printed.yaml"
+    path.write_text(text)
+    config = build_config(TrainConfig, read_config(path))
+    assert config.ppo.lr == 1e-5
+    assert config.eval.extra_splits == ("all",)
+    assert dump_config(config) == text
+    assert build_config(TrainConfig, yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_every_shipped_config_loads(name):
+    config = build_config(TrainConfig, read_config(config_file(name)))
+    assert config.num_updates >= 1
+    assert build_config(TrainConfig, yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize("name", config_names(cli.SFT_CONFIGS))
+def test_every_shipped_sft_config_loads(name):
+    config = build_config(SFTConfig, read_config(config_file(name, cli.SFT_CONFIGS)))
+    assert build_config(SFTConfig, yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just text", "\x00", b"\xff\xfe\xff"])
+def test_a_file_that_is_no_config_is_told(capsys, tmp_path, text):
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    fails(capsys, ["train", "--config", str(path), "--run", str(tmp_path / "r")], str(path))
+
+
+def test_a_missing_model_is_told(capsys, small, tmp_path):
+    fails(
+        capsys,
+        ["train", "--config", small, "--run", str(tmp_path / "r"), "--model.path", "./nowhere"],
+        "model.path='./nowhere' cannot be loaded",
+    )
+    fails(capsys, ["eval", "./nowhere", "--episodes", "1"], "model.path", "nowhere")
+
+
+def test_an_unknown_environment_is_told(capsys, small, tmp_path):
+    fails(
+        capsys,
+        ["train", "--config", small, "--run", str(tmp_path / "r"), "--env.id", "Point24"],
+        "unknown environment 'Point24'",
+        "Did you mean 'Points24'?",
+    )
+
+
+def test_resuming_needs_a_run_with_a_checkpoint(capsys, small, tmp_path):
+    run = tmp_path / "run"
+    fails(capsys, ["train", "--resume", "--run", str(run)], "does not exist")
+    run.mkdir()
+    shutil.copy(small, run / "config.yaml")
+    fails(capsys, ["train", "--resume", "--run", str(run)], "holds no complete checkpoint")
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(capsys, finished, small):
+    before = (finished / "metrics.jsonl").read_bytes()
+    fails(capsys, ["train", "--config", small, "--run", str(finished)], "holds a run already")
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_written_is_told(capsys, small, tmp_path):
+    (tmp_path / "file").write_text("")
+    run = str(tmp_path / "file" / "run")
+    fails(capsys, ["train", "--config", small, "--run", run], "cannot be written", "--run")
+
+
+def test_a_damaged_checkpoint_is_told(capsys, finished):
+    state = folders(finished)[-1] / "state.json"
+    text = state.read_text()
+    state.write_text(text[: len(text) // 2])
+    try:
+        fails(capsys, ["eval", str(finished), "--episodes", "1"], "damaged")
+        fails(capsys, ["train", "--resume", "--run", str(finished)], "damaged")
+    finally:
+        state.write_text(text)
+
+
+def test_a_run_leaves_what_the_design_promises(finished):
+    assert {path.name for path in finished.iterdir()} >= {
+        "config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "trajectories"
+    }  # fmt: skip
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["env_steps"] == 4
+    assert summary["success_before"] == 0.0  # random weights write no JSON
+    assert 0.0 <= summary["interval_after"][0] <= summary["interval_after"][1] <= 1.0
+    assert (summary["seed"], summary["name"]) == (0, "small")
+    config = build_config(TrainConfig, read_config(finished / "config.yaml"))
+    assert config.run == str(finished)
+    turns = (finished / "trajectories" / "000001.jsonl").read_text().splitlines()
+    for line in turns:
+        assert (finished / "trajectories" / json.loads(line)["frame"]).exists()
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_eval_prints_one_object(capsys, finished, which, tmp_path):
+    capsys.readouterr()
+    records = tmp_path / "records.jsonl"
+    arguments = ["eval", str(finished), "--which", which, "--episodes", "3", "--json"]
+    assert main([*arguments, "--records", str(records)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {"success", "interval", "episodes", "return", "valid"} <= set(result)
+    assert result["episodes"] == 3
+    assert result["which"] == which
+    assert [json.loads(line)["number"] for line in records.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_eval_for_people_and_its_refusals(capsys, finished, tiny):
+    assert main(["eval", str(finished), "--episodes", "2", "--split", "none"]) == 0
+    text = capsys.readouterr().out
+    assert "success  0.0 %" in text
+    assert "65.8" in text  # 0 of 2: z^2 / (2 + z^2)
+    fails(
+        capsys,
+        ["eval", str(tiny), "--which", "teacher"],
+        "is no run folder",
+        "drop --which teacher",
+    )
+    fails(capsys, ["eval", str(tiny), "--episodes", "0"], "--episodes 0 must be at least 1")
+    fails(capsys, ["eval", str(tiny), "--nonsense", "1"], "unknown argument '--nonsense'")
+    fails(capsys, ["eval", str(tiny), "--option", "prompt"], "must be NAME=VALUE")
+    fails(capsys, ["eval", str(tiny), "--option", "colour=red"], "does not take the options")
+    fails(capsys, ["eval", str(tiny), "--split", "odd", "--episodes", "1"], "split")
+
+
+def test_play_shows_turns_and_saves_frames(capsys, finished, tmp_path):
+    capsys.readouterr()
+    assert main(["play", str(finished), "--episodes", "1", "--frames", str(tmp_path / "f")]) == 0
+    text = capsys.readouterr().out
+    assert "reply" in text
+    assert "failed" in text
+    assert list((tmp_path / "f").glob("0000-*.png"))
+
+
+def test_a_command_is_needed(capsys):
+    for arguments, code in (([], 2), (["fly"], 2), (["--version"], 0)):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == code
+
+
+def test_sigterm_leaves_a_resumable_run(capsys, small, tmp_path, monkeypatch):
+    """A terminated run exits with 130, says how to go on, and goes on to the same end."""
+    monkeypatch.setattr("gtr_turbo.collect.generate", scripted)
+    updated = TerminalView.updated
+
+    def killed(self, row):
+        updated(self, row)
+        if row["update"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = str(tmp_path / "run")
+    start = ["train", "--config", small, "--run", run, "--env_steps", "12", "--eval.episodes", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(TerminalView, "updated", killed)
+        assert main(start) == 130
+    error = capsys.readouterr().err
+    assert "interrupted (SIGTERM)" in error
+    assert f"gtr-turbo train --run {run} --resume" in error
+    assert [path.name for path in folders(tmp_path / "run")] == ["000001"]
+    assert main(["train", "--run", run, "--resume"]) == 0
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["update"] for row in rows] == [1, 2, 3]
+
+
+def test_ctrl_c_before_anything_is_no_traceback(capsys, small, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "read_config", interrupt)
+    assert main(["train", "--config", small]) == 130
+    assert "interrupted (Ctrl-C)" in capsys.readouterr().err
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, small, tmp_path):
+    def broken(*_, **__):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("gtr_turbo.trainer.collect", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", "--config", small, "--run", str(tmp_path / "r"), "--eval.episodes", "0"])
+
+
+def test_config_files_that_name_each_other_are_told(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"base: {path}\n")
+    with pytest.raises(ConfigError, match="base"):
+        read_config(path)

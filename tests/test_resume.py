@@ -1,0 +1,250 @@
+import dataclasses
+import errno
+import fcntl
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gtr_turbo import checkpoint, trainer
+from gtr_turbo.checkpoint import CheckpointError, fingerprint, folders, own_folder, read_state
+from gtr_turbo.config import ModelConfig, TeacherConfig
+from gtr_turbo.learning.update import make_optimizer
+from gtr_turbo.policy import starter
+from gtr_turbo.teacher.history import History
+from tiny import Silent, make_policy, scripted, settings
+
+
+class Interrupting(Silent):
+    """Ctrl-C in the middle of update `after + 1`, when checkpoint `after` exists."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def updated(self, row):
+        super().updated(row)
+        if row["update"] > self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(autouse=True)
+def _valid_replies(monkeypatch):
+    """Valid replies, so that there are thoughts and the teacher's KL is not 0."""
+    monkeypatch.setattr("gtr_turbo.collect.generate", scripted)
+
+
+def train(config, run, view, **options):
+    with own_folder(run):
+        return trainer.train(config, run, view, **options)
+
+
+def config_of(path, updates, **groups):
+    return settings(path, env_steps=4 * updates, **groups)
+
+
+def rows_of(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "system/"))} for row in rows
+    ]
+
+
+def tensors_of(folder):
+    return {
+        f"{file.name}:{name}": tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("weights", ["sma", "ema"])
+def test_two_updates_and_two_more_are_four_bit_for_bit(tiny, tmp_path, interval, weights):
+    teacher = TeacherConfig(interval=interval, weights=weights)
+    config = config_of(tiny, 4, teacher=teacher)
+    train(config, tmp_path / "whole", Silent())
+    view = Interrupting(2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "parts", view)
+    assert [path.name for path in folders(tmp_path / "parts")] == ["000001", "000002"]
+    assert len(rows_of(tmp_path / "parts")) == 3  # the third is made again
+    train(config, tmp_path / "parts", Silent(), resume=True)
+    whole, parts = (rows_of(tmp_path / name) for name in ("whole", "parts"))
+    assert [row["update"] for row in parts] == [1, 2, 3, 4]
+    assert parts == whole
+    assert sum(row["teacher/kl"] > 0 for row in whole) >= 1
+    for number in ("000003", "000004"):
+        ours, theirs = (
+            tensors_of(tmp_path / name / "checkpoints" / number) for name in ("whole", "parts")
+        )
+        assert set(ours) == set(theirs)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        states = [
+            read_state(tmp_path / name / "checkpoints" / number) for name in ("whole", "parts")
+        ]
+        for state in states:
+            del state["seconds"]
+        assert states[0] == states[1]
+    trajectories = [
+        (tmp_path / name / "trajectories" / "000004.jsonl").read_text()
+        for name in ("whole", "parts")
+    ]
+    assert trajectories[0] == trajectories[1]
+
+
+def test_adapters_resume_bit_for_bit(tiny, tmp_path):
+    model = ModelConfig(path=str(tiny), attention="eager", train="lora", lora_rank=4, lora_alpha=8)
+    config = config_of(tiny, 3, model=model)
+    train(config, tmp_path / "whole", Silent())
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "parts", Interrupting(1))
+    train(config, tmp_path / "parts", Silent(), resume=True)
+    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "parts")
+    ours, theirs = (
+        tensors_of(tmp_path / name / "checkpoints" / "000003") for name in ("whole", "parts")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture
+def interrupted(tiny, tmp_path):
+    """(config, folder) of a run stopped after its second checkpoint."""
+    config, run = config_of(tiny, 3), tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(config, run, Interrupting(2))
+    return config, run
+
+
+def test_a_seed_decides_the_run(tiny, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(dataclasses.replace(config_of(tiny, 1), seed=seed), tmp_path / name, Silent())
+    assert rows_of(tmp_path / "a") == rows_of(tmp_path / "b")
+    assert rows_of(tmp_path / "a") != rows_of(tmp_path / "c")
+
+
+def test_only_the_newest_checkpoints_are_kept(tiny, tmp_path):
+    train(config_of(tiny, 4), tmp_path, Silent())
+    assert [path.name for path in folders(tmp_path)] == ["000003", "000004"]
+    assert not list(tmp_path.rglob("*.part"))
+    assert {p.name for p in folders(tmp_path)[-1].iterdir()} >= {"student", "teacher", "state.json"}
+
+
+@pytest.mark.parametrize("file", ["trained", "history", "optimizer", "value_head"])
+def test_a_cut_file_is_told(interrupted, file):
+    config, run = interrupted
+    path = folders(run)[-1] / f"{file}.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=rf"000002 is damaged: {file}\.safetensors was cut"):
+        train(config, run, Silent(), resume=True)
+
+
+def test_flipped_bytes_in_a_header_are_told(interrupted):
+    config, run = interrupted
+    path = folders(run)[-1] / "trained.safetensors"
+    path.write_bytes(b"\xff" * 16 + path.read_bytes()[16:])
+    with pytest.raises(CheckpointError, match="damaged"):
+        train(config, run, Silent(), resume=True)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"files": {"gone.safetensors": 3}}', "\x00"])
+def test_a_broken_state_is_told(interrupted, text):
+    config, run = interrupted
+    (folders(run)[-1] / "state.json").write_text(text)
+    with pytest.raises(CheckpointError, match="damaged"):
+        train(config, run, Silent(), resume=True)
+
+
+def test_without_the_damaged_folder_the_one_before_is_used(interrupted):
+    config, run = interrupted
+    for file in folders(run)[-1].glob("state.json"):
+        file.unlink()  # incomplete: not a checkpoint
+    train(config, run, Silent(), resume=True)
+    assert [row["update"] for row in rows_of(run)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("form", [{}, {"train": "lora", "lora_rank": 4, "lora_alpha": 8}])
+def test_another_starting_model_is_refused(tiny, tmp_path, form):
+    """With adapters too: a fresh adapter is the same on any base, its meaning is not."""
+    other, run = tmp_path / "other", tmp_path / "run"
+    starter.build("qwen3-vl", other, 7)
+    model = ModelConfig(path=str(tiny), attention="eager", **form)
+    config = config_of(tiny, 2, model=model)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, run, Interrupting(1))
+    config = dataclasses.replace(config, model=dataclasses.replace(model, path=str(other)))
+    with pytest.raises(CheckpointError, match="began from another model"):
+        train(config, run, Silent(), resume=True)
+
+
+def test_the_fingerprint_sees_every_kind_of_change():
+    a = {"x": torch.zeros(3, 4), "y": torch.tensor(1.0)}
+    known = {fingerprint(a)}
+    for b in (
+        {"x": torch.zeros(4, 3), "y": a["y"]},
+        {"z": torch.zeros(3, 4), "y": a["y"]},
+        {"x": torch.zeros(3, 4, dtype=torch.bfloat16), "y": a["y"]},
+        {"x": torch.full((3, 4), -0.0), "y": a["y"]},
+        {"x": torch.zeros(3, 4), "y": torch.tensor(2.0)},
+    ):
+        known.add(fingerprint(b))
+    assert len(known) == 6
+    assert fingerprint(dict(reversed(a.items()))) in known
+
+
+def test_a_run_folder_has_one_owner(tmp_path):
+    with open(tmp_path / "run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with (
+            pytest.raises(CheckpointError, match="in use by another process"),
+            own_folder(tmp_path),
+        ):
+            pass
+    with own_folder(tmp_path):
+        pass
+    with (
+        pytest.raises(CheckpointError, match="cannot be written"),
+        own_folder(tmp_path / "run.lock" / "below"),
+    ):
+        pass
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
+    config = config_of(tiny, 2)
+    policy = make_policy(tiny)
+    policy.load_teacher({name: torch.zeros_like(d) for name, d in policy.deltas()})
+    optimizer, history = make_optimizer(policy, config.ppo), History(config.teacher)
+    history.add(policy.deltas())
+    state = {"update": 1, "teacher_age": 0, "start": "x"}
+    checkpoint.save(tmp_path, policy, optimizer, history, state, keep=1)
+    before = tensors_of(folders(tmp_path)[0])
+    written = []
+
+    def full(tensors, path, *rest, **more):
+        written.append(path)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        path.write_bytes(b"half")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match=r"000002 could not be written.*No space left"):
+        checkpoint.save(tmp_path, policy, optimizer, history, {**state, "update": 2}, keep=1)
+    assert len(written) == 3
+    assert [path.name for path in folders(tmp_path)] == ["000001"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000001"]
+    after = tensors_of(folders(tmp_path)[0])
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    checkpoint.write_atomically(path, "first")
+
+    def crash(number):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr("os.fsync", crash)
+    with pytest.raises(OSError, match="broken"):
+        checkpoint.write_atomically(path, "second")
+    assert path.read_text() == "first"
