@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import shutil
 
 import pytest
 import torch
@@ -108,13 +109,21 @@ def test_adapters_resume_bit_for_bit(tiny, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.fixture
-def interrupted(tiny, tmp_path):
-    """(config, folder) of a run stopped after its second checkpoint."""
-    config, run = config_of(tiny, 3), tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt):
-        train(config, run, Interrupting(2))
+@pytest.fixture(scope="module")
+def stopped(tiny, tmp_path_factory):
+    run, config = tmp_path_factory.mktemp("stopped") / "run", config_of(tiny, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gtr_turbo.collect.generate", scripted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run, Interrupting(2))
     return config, run
+
+
+@pytest.fixture
+def interrupted(stopped, tmp_path):
+    """(config, folder) of a run stopped after its second checkpoint."""
+    shutil.copytree(stopped[1], tmp_path / "run")
+    return stopped[0], tmp_path / "run"
 
 
 def test_a_seed_decides_the_run(tiny, tmp_path):

@@ -36,7 +36,9 @@ def settings(path, **groups):
         "threads": 1,
         "tensorboard": False,
         "model": ModelConfig(path=str(path), attention="eager"),
-        "env": EnvConfig(options={"prompt": "compact"}, num_envs=2),
+        "env": EnvConfig(
+            options={"prompt": "compact"}, train_split="train", eval_split="held-out", num_envs=2
+        ),
         "sampling": SamplingConfig(max_new_tokens=6),
         "rollout": RolloutConfig(turns_per_env=2),
         "ppo": PPOConfig(minibatch_turns=4, microbatch_turns=2, critic_steps=2, lr=1e-3),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -182,6 +183,9 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if given is not None and given != settings.get("env", {}).get("id"):
         # the recipe's options are those of its own environment
         settings["env"] = {k: v for k, v in settings.get("env", {}).items() if k == "num_envs"}
+        settings["name"] = re.sub(
+            r"\W+", "-", given.rpartition(":")[2].removeprefix("gtr/")
+        ).lower()
     config: TrainConfig = build_config(TrainConfig, _merge(settings, over))
     if options.print_config:
         print(dump_config(config), end="")

@@ -68,6 +68,7 @@ class Demonstrations:
             )
         rng = np.random.default_rng(seed)
         wanted, done = len(self.replies) + config.turns, True
+        frames, prompts = [], []
         observation, info = env.reset(seed=seed)
         while len(self.replies) < wanted:
             if done:
@@ -76,12 +77,14 @@ class Demonstrations:
             action = reply["action"]
             if rng.random() < config.noise and info.get("actions"):
                 reply = {**reply, "action": str(rng.choice(info["actions"]))}
-            frame = policy.processor.shrink(observation["image"])
-            self.observed += policy.observe([frame], [observation["prompt"]])
+            frames.append(policy.processor.shrink(observation["image"]))
+            prompts.append(observation["prompt"])
             self.replies.append(policy.processor.reply_ids(json.dumps(reply)))
             self.labels.append(visible(info))
             observation, _, terminated, truncated, info = env.step(action)
             done = terminated or truncated
+        for at in range(0, len(frames), 64):
+            self.observed += policy.observe(frames[at : at + 64], prompts[at : at + 64])
 
 
 def _schedule(config: SFTConfig, step: int, steps: int) -> float:

@@ -31,19 +31,17 @@ class ValueHead(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
+        last = nn.Linear(512, 1)
         self.layers = nn.Sequential(
-            nn.Linear(hidden_size, 1024),
-            nn.ReLU(),
-            nn.Linear(1024, 512),
-            nn.ReLU(),
-            nn.Linear(512, 1),
+            nn.Linear(hidden_size, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(), last
         )
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, D) -> (B,)."""
-        return self.layers(hidden.float()).squeeze(-1)
+        values: Tensor = self.layers(hidden.float()).squeeze(-1)
+        return values
 
 
 class Policy(nn.Module):
@@ -56,6 +54,8 @@ class Policy(nn.Module):
         temperature: of sampling; scoring divides the logits by it, so that what is optimised is what
             was sampled.
     """
+
+    banned: Tensor
 
     def __init__(self, config: ModelConfig, *, temperature: float, seed: int = 0) -> None:
         super().__init__()
@@ -93,7 +93,8 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self._plain.parameters()).device
+        device: torch.device = next(self._plain.parameters()).device
+        return device
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Parameters of the model (not of the critic) that training changes, by name."""
@@ -135,7 +136,8 @@ class Policy(nn.Module):
         if name not in self._first_factors:
             return torch.zeros(())
         a, b = self._first_factors[name]
-        return (layer.scaling["default"] * (b @ a)).cpu()
+        change: Tensor = layer.scaling["default"] * (b @ a)
+        return change.cpu()
 
     def _adapted(self) -> Iterator[tuple[str, Any]]:
         for name, module in self._plain.named_modules():
@@ -307,9 +309,9 @@ class Policy(nn.Module):
         size = self._plain.config.get_text_config().hidden_size
         layers = [o.features.split(size, -1) for o in observed if o.features is not None]
         first, *deep = zip(*layers, strict=True)
-        output = BaseModelOutputWithDeepstackFeatures(
-            pooler_output=tuple(first), deepstack_features=[tuple(layer) for layer in deep]
-        )
+        # tuples of tensors, though the class says tensors: the model concatenates them
+        images: Any = {"pooler_output": tuple(first), "deepstack_features": list(map(tuple, deep))}
+        output = BaseModelOutputWithDeepstackFeatures(**images)
         grid = torch.cat([o.grid for o in observed if o.grid is not None]).to(self.device)
         return {"mm_encoder_outputs": {"image": output}, "image_grid_thw": grid}
 

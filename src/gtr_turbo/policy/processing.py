@@ -7,6 +7,7 @@ through `transformers.AutoProcessor`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Processor:
                 Qwen2VLImageProcessorPil,
             )
 
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
             self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
             self._stock: Any = None
         else:
@@ -138,7 +139,7 @@ class Processor:
         ids = self.tokenizer(self.clean(text), add_special_tokens=False)["input_ids"]
         return torch.tensor([*ids, self.end_token_id])
 
-    def decode(self, ids: Tensor | list[int]) -> str:
+    def decode(self, ids: Tensor | Sequence[int]) -> str:
         """Text of reply ids, special tokens included as they stand."""
         return str(
             self.tokenizer.decode(

@@ -92,4 +92,5 @@ def values(policy: Policy, observed: list[Observed]) -> Tensor:
     """Values of observations, (B,) float32 on the CPU."""
     empty = torch.zeros(0, dtype=torch.long)
     inputs = make_inputs(observed, [empty] * len(observed), policy.processor.pad_token_id)
-    return policy.value_head(score(policy, inputs).hidden).cpu()
+    found: Tensor = policy.value_head(score(policy, inputs).hidden)
+    return found.cpu()

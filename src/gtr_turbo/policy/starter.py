@@ -129,10 +129,10 @@ def build(architecture: str, path: Path, seed: int) -> None:
         ("vision_start_token_id", "<|vision_start|>"),
         ("vision_end_token_id", "<|vision_end|>"),
     )}  # fmt: skip
-    text = {**TEXT, "vocab_size": len(words), "pad_token_id": words.pad_token_id}
+    text: dict[str, Any] = {**TEXT, "vocab_size": len(words), "pad_token_id": words.pad_token_id}
     text |= {"eos_token_id": words.eos_token_id, "bos_token_id": None}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
-    vision = {
+    vision: dict[str, Any] = {
         "depth": 2,
         "hidden_size": 96,
         "intermediate_size": 288,
