@@ -3,10 +3,10 @@
     python benchmarks/rollout.py [--config points24] [--pairs 3] [--out benchmarks/results/rollout.json]
 
 Both sides train the same model on the same environment with the same number of PPO epochs; each pair runs
-ours, then the published way, on one thread, and the ratio is the median over pairs. The published way (RL4VLM, GTR and GTR-Turbo's
-code): one environment; batch 1 throughout; `generate`, then a second full forward pass padded to 512 tokens
-for the log-probs; a second copy of the model for the teacher, one padded forward a turn; one padded forward
-and backward a turn and epoch in the update.
+ours, then the published way, on one thread, and the ratio is the median over pairs. The published way (the
+code of RL4VLM, GTR and GTR-Turbo): one environment; batch 1 throughout; `generate`, then a second full
+forward pass padded to 512 tokens for the log-probs; a second copy of the model for the teacher, one padded
+forward a turn; one padded forward and backward a turn and epoch in the update.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from gtr_turbo.turns.batch import make_batch
 PADDED = 512
 
 
-def ours(config: TrainConfig, policy: Policy, envs: Envs, step: int) -> tuple[int, dict[str, float]]:
+def ours(
+    config: TrainConfig, policy: Policy, envs: Envs, step: int
+) -> tuple[int, dict[str, float]]:
     """One update as the trainer makes it; returns environment steps and seconds by part."""
     optimizer = make_optimizer(policy, config.ppo)
     laps, last = {}, time.perf_counter()
@@ -46,7 +48,14 @@ def ours(config: TrainConfig, policy: Policy, envs: Envs, step: int) -> tuple[in
     batch = guide(batch, policy, config.guidance, microbatch_turns=config.ppo.microbatch_turns)
     laps["guide"], last = time.perf_counter() - last, time.perf_counter()
     batch = assign_credit(
-        batch, gamma=0.9, lam=0.95, normalize=True, eps=0.1, beta=1.0, credit="advantage", center=True
+        batch,
+        gamma=0.9,
+        lam=0.95,
+        normalize=True,
+        eps=0.1,
+        beta=1.0,
+        credit="advantage",
+        center=True,
     )
     update(
         policy, optimizer, batch, config.ppo, seed=step, progress=0.0, progress_after=1.0, max_logprob_gap=1.0
@@ -55,7 +64,9 @@ def ours(config: TrainConfig, policy: Policy, envs: Envs, step: int) -> tuple[in
     return len(turns), laps
 
 
-def _padded(policy: Policy, ids: torch.Tensor, images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _padded(
+    policy: Policy, ids: torch.Tensor, images: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     pad = policy.processor.pad_token_id
     row = torch.full((1, max(PADDED, ids.shape[1])), pad)
     row[:, : ids.shape[1]] = ids
@@ -65,7 +76,9 @@ def _padded(policy: Policy, ids: torch.Tensor, images: dict[str, torch.Tensor]) 
     return {"input_ids": row, "attention_mask": mask, "mm_token_type_ids": kinds, **images}
 
 
-def published(config: TrainConfig, policy: Policy, teacher: torch.nn.Module, envs: Envs, steps: int) -> int:
+def published(
+    config: TrainConfig, policy: Policy, teacher: torch.nn.Module, envs: Envs, steps: int
+) -> int:
     """`steps` turns the published way: play, score, teacher, then `epochs` passes of the update."""
     model = policy.model
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-6)
@@ -106,7 +119,9 @@ def published(config: TrainConfig, policy: Policy, teacher: torch.nn.Module, env
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--config", default="points24")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--published-steps", type=int, default=32)
@@ -126,9 +141,13 @@ def main() -> None:
         steps, laps = ours(config, policy, many, pair)
         fast = steps / sum(laps.values())
         began = time.perf_counter()
-        slow = published(config, policy, teacher, one, options.published_steps) / (time.perf_counter() - began)
+        slow = published(config, policy, teacher, one, options.published_steps) / (
+            time.perf_counter() - began
+        )
         rows.append({"ours": fast, "published": slow, "ratio": fast / slow, **laps})
-        print(f"pair {pair}: ours {fast:.1f}/s, published way {slow:.2f}/s, ratio {fast / slow:.1f}")
+        print(
+            f"pair {pair}: ours {fast:.1f}/s, published way {slow:.2f}/s, ratio {fast / slow:.1f}"
+        )
     ratio = statistics.median(row["ratio"] for row in rows)
     share = statistics.median(row["guide"] / (row["collect"] + row["update"]) for row in rows)
     print(f"median ratio {ratio:.1f}; KL guidance adds {share:.1%} to collect + update")

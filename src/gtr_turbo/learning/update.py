@@ -14,7 +14,7 @@ from gtr_turbo.config import PPOConfig
 from gtr_turbo.learning import losses
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.scoring import Scores, score
-from gtr_turbo.turns.batch import Batch, select
+from gtr_turbo.turns.batch import Batch, by_length, select
 
 
 class TrainingError(RuntimeError):
@@ -133,9 +133,9 @@ def cosine(first: float, last: float, fraction: float) -> float:
 def _minibatch(
     policy: Policy, batch: Batch, rows: Tensor, config: PPOConfig, sums: dict[str, list[float]]
 ) -> None:
-    """Accumulate the gradients of one minibatch, micro-batch by micro-batch."""
+    """Accumulate the gradients of one minibatch; micro-batches hold replies of like length."""
     assert batch.returns is not None
-    for micro in rows.split(config.microbatch_turns):
+    for micro in by_length(batch.inputs, rows).split(config.microbatch_turns):
         inputs = select(batch.inputs, micro)
         scores = score(policy, inputs)
         real = inputs.response_mask.to(scores.logprobs.device)

@@ -8,7 +8,7 @@ from gtr_turbo.config import GuidanceConfig
 from gtr_turbo.learning import losses
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.scoring import score
-from gtr_turbo.turns.batch import Batch, select
+from gtr_turbo.turns.batch import Batch, by_length, select
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def guide(batch: Batch, policy: Policy, config: GuidanceConfig, *, microbatch_tu
     if config.kind == "none" and not config.monitor:
         return batch
     kl = torch.zeros_like(batch.old_logprobs)
-    parts = torch.split(torch.arange(len(batch)), microbatch_turns)
+    parts = torch.split(by_length(batch.inputs, torch.arange(len(batch))), microbatch_turns)
     if config.estimator == "full":
         # distributions of a whole batch would not fit, so the weights change places often
         for rows in parts:

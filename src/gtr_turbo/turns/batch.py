@@ -117,6 +117,11 @@ def select(inputs: Inputs, rows: Tensor) -> Inputs:
     )
 
 
+def by_length(inputs: Inputs, rows: Tensor) -> Tensor:
+    """`rows` ordered by the length of their responses, so that neighbours need little padding."""
+    return rows[inputs.response_mask[rows].sum(1).argsort(stable=True)]
+
+
 def make_batch(turns: Sequence[Turn], num_envs: int, pad_token_id: int) -> Batch:
     """Stack the turns of one update.
 
