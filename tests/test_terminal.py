@@ -80,7 +80,7 @@ def test_the_summary_shows_its_numbers():
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_view_tells_of_every_update(tmp_path, terminal):
     console = Console(file=io.StringIO(), width=120, force_terminal=terminal)
-    row = {"update": 1, "env_steps": 4, "rollout/success": 0.25, "rollout/reward": -1.5,
+    row = {"update": 1, "env_steps": 4, "rollout/success": 0.25, "rollout/return": -1.5,
            "rollout/valid": 1.0, "teacher/kl": 0.0123, "critic/explained_variance": -math.pi}  # fmt: skip
     with TerminalView(console) as view:
         view.evaluating("student before", 3, 3)

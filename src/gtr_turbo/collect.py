@@ -43,6 +43,7 @@ class Outcome:
     terminated: bool
     truncated: bool
     success: bool | None
+    episode_return: float | None
 
 
 class Envs:
@@ -67,6 +68,7 @@ class Envs:
         self.observations: list[Mapping[str, Any]] = [{}] * len(self._envs)
         self.infos: list[Mapping[str, Any]] = [{}] * len(self._envs)
         self.actions: list[list[str]] = [[] for _ in self._envs]
+        self._returns = [0.0] * len(self._envs)
 
     def __len__(self) -> int:
         return len(self._envs)
@@ -78,7 +80,7 @@ class Envs:
 
     def reset(self, i: int, episode: int, seed: int | None = None) -> None:
         """Begin episode number `episode` of environment `i`."""
-        self.episodes[i], self.actions[i] = episode, []
+        self.episodes[i], self.actions[i], self._returns[i] = episode, [], 0.0
         seed = stream(self._seed, 0, i, episode) % 2**31 if seed is None else seed
         self.observations[i], self.infos[i] = self._envs[i].reset(seed=seed)
 
@@ -87,8 +89,16 @@ class Envs:
         observation, reward, terminated, truncated, info = self._envs[i].step(action)
         self.observations[i], self.infos[i] = observation, info
         self.actions[i].append(action)
-        success = bool(info["success"]) if terminated or truncated else None
-        return Outcome(observation, float(reward), bool(terminated), bool(truncated), success)
+        self._returns[i] += float(reward)
+        done = bool(terminated or truncated)
+        return Outcome(
+            observation=observation,
+            reward=float(reward),
+            terminated=bool(terminated),
+            truncated=bool(truncated),
+            success=bool(info["success"]) if done else None,
+            episode_return=self._returns[i] if done else None,
+        )
 
     def judge(self, i: int, fields: Mapping[str, Any]) -> Mapping[str, bool]:
         """Facts about a parsed reply in the state that environment `i` is in, if it can check any."""
@@ -159,6 +169,7 @@ def play(
             episode=envs.episodes[i],
             step=step,
             success=outcome.success,
+            episode_return=outcome.episode_return,
             facts=facts,
         )
         made.append((turn, outcome.observation))

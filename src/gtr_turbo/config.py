@@ -83,8 +83,8 @@ class ModelConfig:
     """Rank r of the adapters."""
     lora_alpha: int = 256
     """Adapters are scaled by `lora_alpha / lora_rank`."""
-    lora_dropout: float = 0.05
-    """Dropout before the adapters; active in the update's forward pass only if > 0."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapters, active in the update only: above 0 the first ratio is not exactly 1."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the model's weights. Log-softmax, critic and merges are float32 always."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"

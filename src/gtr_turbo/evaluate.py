@@ -136,7 +136,7 @@ def _record(number: int, seed: int, turns: list[Turn]) -> Episode:
         number=number,
         seed=stream(seed, EVALUATION, number) % 2**31,
         success=bool(turns[-1].success),
-        episode_return=sum(turn.reward for turn in turns),
+        episode_return=turns[-1].episode_return or 0.0,
         turns=len(turns),
         valid_turns=sum(turn.valid for turn in turns),
     )

@@ -19,7 +19,7 @@ from gtr_turbo.config import TrainConfig
 BARS = "▁▂▃▄▅▆▇█"
 SHOWN = (
     ("success", "rollout/success", "{:.1%}"),
-    ("reward per turn", "rollout/reward", "{:+.2f}"),
+    ("return", "rollout/return", "{:+.2f}"),
     ("valid replies", "rollout/valid", "{:.1%}"),
     ("right plans", "judge/plan", "{:.1%}"),
     ("action follows thought", "judge/agreement", "{:.1%}"),

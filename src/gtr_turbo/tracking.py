@@ -96,6 +96,7 @@ def rollout_metrics(turns: Sequence[Turn]) -> dict[str, float]:
     }
     if ended:
         metrics["rollout/success"] = _mean([bool(turn.success) for turn in ended])
+        metrics["rollout/return"] = _mean([turn.episode_return or 0.0 for turn in ended])
         metrics["rollout/episode_turns"] = _mean([turn.step + 1 for turn in ended])
     if valid:
         thoughts = [str(turn.fields.get("thoughts", "")) for turn in valid]

@@ -78,6 +78,8 @@ class Turn:
     """Number of the turn in its episode, from 0."""
     success: bool | None = None
     """At the last turn of an episode: did it succeed."""
+    episode_return: float | None = None
+    """At the last turn of an episode: the sum of its rewards, format rewards left out."""
     facts: Mapping[str, bool] = field(default_factory=dict)
     """What the environment could check about the reply (`judge` of the contract)."""
 
