@@ -102,6 +102,10 @@ def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
         *path, last = key[2:].split(".")
         for part in path:
             group = group.setdefault(part, {})
+            if not isinstance(group, dict):
+                raise ConfigError(
+                    f"{key} and --{part} cannot both be given: {part} is a group of settings"
+                )
         try:
             group[last] = yaml.safe_load(value)
         except yaml.YAMLError as error:
@@ -115,7 +119,7 @@ def build_config(cls: type, settings: dict[str, Any]) -> Any:
     Raises:
         ConfigError: unknown key, wrong type, or settings that cannot work.
     """
-    from jsonargparse import ArgumentError, ArgumentParser, Namespace
+    from jsonargparse import ArgumentError, ArgumentParser
 
     check_keys(settings, cls)
     parser = ArgumentParser(exit_on_error=False)
@@ -132,8 +136,6 @@ def build_config(cls: type, settings: dict[str, Any]) -> Any:
             raise cause from None
         text = str(error).replace('Parser key "config', 'setting "').replace('".', '"')
         raise ConfigError(text) from error
-    finally:
-        del Namespace
 
 
 def dump_config(config: Any) -> str:
@@ -201,7 +203,7 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> int:
             raise ConfigError(
                 f"cannot resume: {run} holds no complete checkpoint; start without --resume"
             )
-        if not options.resume and (run / "metrics.jsonl").exists():
+        if not options.resume and checkpoint.folders(run):
             raise ConfigError(
                 f"{run} holds a run already: go on with --resume, or give another --run"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -125,12 +125,7 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
             "system/peak_rss_mb": peak_rss_mb(),
             "system/seconds": time.monotonic() - began,
         }
-        if (bad := finite(row)) is not None:
-            raise TrainingError(
-                f"{bad} is {row[bad]} in update {iteration + 1}; resume from the last checkpoint"
-            )
-        for writer in writers:
-            writer.write(row)
+        _log(row, writers)
         trajectories.write(iteration + 1, turns, _per_turn(batch))
         view.updated(row)
         if (iteration + 1) % config.save.interval == 0 or iteration + 1 == config.num_updates:
@@ -139,7 +134,7 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
                 "seed": config.seed,
                 "start": start_print,
                 "teacher_age": age,
-                "seconds": time.monotonic() - began,
+                "seconds": row["system/seconds"],
                 "envs": envs.state(),
                 "evaluations": evaluations,
             }
@@ -148,6 +143,20 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
         writer.close()
     evaluations = _evaluate(policy, config, view, "after", evaluations)
     return _summary(config, run, evaluations, time.monotonic() - began)
+
+
+def _log(row: Mapping[str, float], writers: Sequence[Writer]) -> None:
+    """Write a row.
+
+    Raises:
+        TrainingError: one of its numbers is not finite; nothing is written then.
+    """
+    if (bad := finite(row)) is not None:
+        raise TrainingError(
+            f"{bad} is {row[bad]} in update {row['update']:.0f}; resume from the last checkpoint"
+        )
+    for writer in writers:
+        writer.write(row)
 
 
 def _credit(config: TrainConfig) -> dict[str, Any]:
