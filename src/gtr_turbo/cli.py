@@ -473,8 +473,8 @@ def _terminate(number: int, frame: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0, 1 (it failed), 2 (wrong input) or 130 (interrupted)."""
-    # another process on the machine must not make torch's threads spin
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # idle OpenMP threads spin only briefly: on a busy machine long spinning costs several times the work
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     options, rest = _parser().parse_known_args(arguments)

@@ -12,15 +12,14 @@ def rows(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_numberline_is_learned_within_a_thousand_steps(tmp_path):
+def test_ezpoints_is_learned_within_1500_steps(tmp_path):
     run = tmp_path / "run"
-    short = ["--env_steps", "1024", "--eval.episodes", "100", "--threads", "1"]
-    code = main(["train", "--config", "numberline", "--run", str(run), "--seed", "3", *short])
-    assert code == 0
+    short = ["--env_steps", "1536", "--eval.episodes", "100", "--threads", "1"]
+    assert main(["train", "--run", str(run), "--seed", "3", *short]) == 0
     summary = json.loads((run / "summary.json").read_text())
-    # measured: 30-45 % before, above 85 % after; far outside what 100 episodes can vary
-    assert summary["success_before"] < 0.6
-    assert summary["success_after"] > summary["success_before"] + 0.2
+    # measured 12 % before; 100 episodes vary by 4 points, and a failure to learn would stay there
+    assert summary["success_before"] < 0.3
+    assert summary["success_after"] > summary["success_before"] + 0.25
 
 
 @pytest.fixture(scope="module")
