@@ -55,7 +55,8 @@ def test_the_default_recipe_leaves_what_it_promises(default_run):
     # the teacher begins as the agent, so the first KL is 0; after one update it is the first checkpoint
     assert made[0]["teacher/kl"] < 1e-4
     assert all(row["ppo/first_log_ratio"] < 1e-3 for row in made)
-    assert all(row["rollout/valid"] > 0.9 and row["judge/perception"] > 0.9 for row in made)
+    assert all(row["rollout/valid"] > 0.9 for row in made)
+    assert all(row["judge/plan"] > 0.6 for row in made)
 
 
 def test_student_and_teacher_load_in_stock_transformers_and_differ(default_run):

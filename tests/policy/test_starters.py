@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from gtr_turbo.config import EnvConfig, ModelConfig, SamplingConfig
+from gtr_turbo.collect import Envs, play
+from gtr_turbo.config import EnvConfig, ModelConfig, RolloutConfig, SamplingConfig
 from gtr_turbo.evaluate import evaluate
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.model import Policy
@@ -26,14 +27,25 @@ def test_a_starter_is_a_small_bf16_file_of_a_stock_class(name):
     assert tokens.convert_ids_to_tokens(tokens.encode("8*3=24")) == ["8", "*", "3", "=", "24"]
 
 
+GAMES = [("EZPoints", {}), ("Points24", {"granularity": "reduction", "solvable_only": True})]
+
+
 @pytest.mark.parametrize("name", starter.ARCHITECTURES)
-@pytest.mark.parametrize(
-    ("env", "options"),
-    [("EZPoints", {}), ("Points24", {"granularity": "reduction", "solvable_only": True})],
-)
-def test_a_starter_reads_cards_it_never_saw_and_wins_some(name, env, options):
+@pytest.mark.parametrize(("env", "options"), GAMES)
+def test_a_starter_reads_cards_it_never_saw(name, env, options):
+    policy = Policy(ModelConfig(path=f"tiny-{name}", attention="eager"), temperature=1.0)
+    config = EnvConfig(id=env, options={"prompt": "compact", **options}, num_envs=100)
+    envs = Envs(config, "held-out", seed=5)
+    envs.start()
+    generator = torch.Generator().manual_seed(0)
+    made = play(envs, range(100), policy, SamplingConfig(), RolloutConfig(), generator, greedy=True)
+    assert sum(turn.facts.get("perception", False) for turn, _ in made) >= 97
+
+
+@pytest.mark.parametrize("name", starter.ARCHITECTURES)
+@pytest.mark.parametrize(("env", "options"), GAMES)
+def test_a_starter_wins_some_but_leaves_most_to_learn(name, env, options):
     policy = Policy(ModelConfig(path=f"tiny-{name}", attention="eager"), temperature=1.0)
     config = EnvConfig(id=env, options={"prompt": "compact", "early_truncation": True, **options})
     result = evaluate(policy, config, SamplingConfig(), episodes=96, split="held-out", seed=1)
-    assert result.facts["perception"] > 0.95
     assert 0.02 < result.success < 0.45
