@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
-from gtr_turbo.cli import build_config, config_file, read_config
 from gtr_turbo.collect import Envs, collect
 from gtr_turbo.config import TrainConfig
 from gtr_turbo.learning.advantages import assign_credit
 from gtr_turbo.learning.update import make_optimizer, update
 from gtr_turbo.parsing import parse
 from gtr_turbo.policy.model import Policy
+from gtr_turbo.settings import build_config, config_file, read_config
 from gtr_turbo.teacher.guidance import guide
 from gtr_turbo.turns.batch import make_batch
 

@@ -8,8 +8,16 @@ import yaml
 
 from gtr_turbo import cli
 from gtr_turbo.checkpoint import folders
-from gtr_turbo.cli import build_config, config_file, config_names, dump_config, main, read_config
+from gtr_turbo.cli import main
 from gtr_turbo.config import ConfigError, SFTConfig, TrainConfig
+from gtr_turbo.settings import (
+    SFT_CONFIGS,
+    build_config,
+    config_file,
+    config_names,
+    dump_config,
+    read_config,
+)
 from gtr_turbo.terminal import TerminalView
 from tiny import scripted
 
@@ -137,9 +145,9 @@ def test_every_shipped_config_loads(name):
     assert build_config(TrainConfig, yaml.safe_load(dump_config(config))) == config
 
 
-@pytest.mark.parametrize("name", config_names(cli.SFT_CONFIGS))
+@pytest.mark.parametrize("name", config_names(SFT_CONFIGS))
 def test_every_shipped_sft_config_loads(name):
-    config = build_config(SFTConfig, read_config(config_file(name, cli.SFT_CONFIGS)))
+    config = build_config(SFTConfig, read_config(config_file(name, SFT_CONFIGS)))
     assert build_config(SFTConfig, yaml.safe_load(dump_config(config))) == config
 
 

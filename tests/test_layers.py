@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "gtr_turbo"
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("trainer", "play", "doctor"),
+    ("settings", "trainer", "play", "doctor"),
     ("evaluate", "sft", "terminal"),
     ("tracking",),
     ("checkpoint",),

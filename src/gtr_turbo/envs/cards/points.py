@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -73,8 +74,9 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
 
     # -- rules ---------------------------------------------------------------------------------
 
+    @abstractmethod
     def _deal(self) -> list[Card]:
-        raise NotImplementedError
+        """Draw cards from `np_random`."""
 
     def _accepts(self, cards: Sequence[Card]) -> bool:
         by_multiset = "held-out-multisets" in self.splits

@@ -1,0 +1,137 @@
+"""Settings from files and the command line: YAML with a `base`, dotted overrides, typed and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gtr_turbo.config import ConfigError, check_keys, suggest
+
+CONFIGS = Path(__file__).parent / "configs"
+SFT_CONFIGS = CONFIGS / "sft"
+
+
+def config_names(folder: Path = CONFIGS) -> list[str]:
+    """Names of the configs that ship with the package."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def config_file(name: str, folder: Path = CONFIGS) -> Path:
+    """A shipped config by name, or a YAML file by path.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    shipped = folder / f"{name}.yaml"
+    if shipped.exists():
+        return shipped
+    if Path(name).is_file():
+        return Path(name)
+    names = config_names(folder)
+    raise ConfigError(
+        f"config {name!r} is neither a file nor one of {', '.join(names)}.{suggest(name, names)}"
+    )
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, group by group; `options` are merged key by key too."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Settings of a YAML file; a first key `base: NAME` takes another config and changes it.
+
+    Args:
+        path: the file.
+        above: files whose `base` led here.
+
+    Raises:
+        ConfigError: not YAML, not a mapping, or its own base.
+    """
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold settings (key: value), got {type(settings).__name__}")
+    base = settings.pop("base", None)
+    if base is None:
+        return settings
+    above = (*above, path.resolve())
+    below = config_file(str(base))
+    if below.resolve() in above:
+        raise ConfigError(f"base: {base} in {path} leads back to {below}")
+    return merge(read_config(below, above), settings)
+
+
+def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """`--ppo.lr 1e-4 --env.options.prompt=full` as nested settings; values are YAML.
+
+    Raises:
+        ConfigError: an argument is no `--key value`.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        key, equals, value = rest.pop(0).partition("=")
+        if not key.startswith("--") or (not equals and not rest):
+            raise ConfigError(f"cannot read {key!r}; give settings as --group.name VALUE")
+        value = value if equals else rest.pop(0)
+        group = found
+        *path, last = key[2:].split(".")
+        for part in path:
+            group = group.setdefault(part, {})
+            if not isinstance(group, dict):
+                raise ConfigError(
+                    f"{key} and --{part} cannot both be given: {part} is a group of settings"
+                )
+        try:
+            group[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"value of {key} cannot be read: {value!r}") from error
+    return found
+
+
+def build_config(cls: type, settings: dict[str, Any]) -> Any:
+    """Settings as a checked, frozen config.
+
+    Raises:
+        ConfigError: unknown key, wrong type, or settings that cannot work.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    check_keys(settings, cls)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", type=cls)
+    try:
+        return parser.instantiate_classes(parser.parse_object({"config": settings})).config
+    except ConfigError:
+        raise
+    except (ArgumentError, ValueError, TypeError, KeyError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise cause from None
+        text = str(error).replace('Parser key "config', 'setting "').replace('".', '"')
+        raise ConfigError(text) from error
+
+
+def dump_config(config: Any) -> str:
+    """A config as YAML, every setting written out."""
+    from dataclasses import asdict
+
+    import yaml
+
+    plain = json.loads(json.dumps(asdict(config)))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
