@@ -70,6 +70,6 @@ def watch(
                 f"{name}: {'yes' if fact else 'no'}" for name, fact in turn.facts.items()
             )
             style = "green" if turn.reward > 0 else "red" if turn.reward < 0 else ""
-            line = f"reward  {turn.reward:+.1f}   value {turn.reply.value:+.2f}   {facts}"
+            line = f"reward  {turn.reward:+.1f}   {facts}"
             console.print(Text(line, style=style))
         console.print(Text("success" if turn.success else "failed", style="bold"))
