@@ -60,7 +60,7 @@ def finished(tiny, tmp_path_factory):
     return folder / "run"
 
 
-def fails(capsys, arguments, *parts, code=2):
+def check_fails(capsys, arguments, *parts, code=2):
     """The command ends with `code` and one line that holds all `parts`."""
     assert main(arguments) == code
     error = capsys.readouterr().err
@@ -103,7 +103,7 @@ def test_wrong_settings_are_explained_in_one_line(capsys, tmp_path, arguments, p
         arguments = [*arguments, "--ppo.minibatch_turns", "128", "--ppo.microbatch_turns", "64"]
         parts = ["ppo.minibatch_turns=128 must divide", "64 * 3 = 192"]
     extra = [] if "--resume" in arguments else ["--run", str(run)]
-    fails(capsys, ["train", *arguments, *extra], *parts)
+    check_fails(capsys, ["train", *arguments, *extra], *parts)
     assert not run.exists()
 
 
@@ -155,20 +155,20 @@ def test_every_shipped_sft_config_loads(name):
 def test_a_file_that_is_no_config_is_told(capsys, tmp_path, text):
     path = tmp_path / "odd.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    fails(capsys, ["train", "--config", str(path), "--run", str(tmp_path / "r")], str(path))
+    check_fails(capsys, ["train", "--config", str(path), "--run", str(tmp_path / "r")], str(path))
 
 
 def test_a_missing_model_is_told(capsys, small, tmp_path):
-    fails(
+    check_fails(
         capsys,
         ["train", "--config", small, "--run", str(tmp_path / "r"), "--model.path", "./nowhere"],
         "model.path='./nowhere' cannot be loaded",
     )
-    fails(capsys, ["eval", "./nowhere", "--episodes", "1"], "model.path", "nowhere")
+    check_fails(capsys, ["eval", "./nowhere", "--episodes", "1"], "model.path", "nowhere")
 
 
 def test_an_unknown_environment_is_told(capsys, small, tmp_path):
-    fails(
+    check_fails(
         capsys,
         ["train", "--config", small, "--run", str(tmp_path / "r"), "--env.id", "Point24"],
         "unknown environment 'Point24'",
@@ -178,22 +178,22 @@ def test_an_unknown_environment_is_told(capsys, small, tmp_path):
 
 def test_resuming_needs_a_run_with_a_checkpoint(capsys, small, tmp_path):
     run = tmp_path / "run"
-    fails(capsys, ["train", "--resume", "--run", str(run)], "does not exist")
+    check_fails(capsys, ["train", "--resume", "--run", str(run)], "does not exist")
     run.mkdir()
     shutil.copy(small, run / "config.yaml")
-    fails(capsys, ["train", "--resume", "--run", str(run)], "holds no complete checkpoint")
+    check_fails(capsys, ["train", "--resume", "--run", str(run)], "holds no complete checkpoint")
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(capsys, finished, small):
     before = (finished / "metrics.jsonl").read_bytes()
-    fails(capsys, ["train", "--config", small, "--run", str(finished)], "holds a run already")
+    check_fails(capsys, ["train", "--config", small, "--run", str(finished)], "holds a run already")
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_folder_that_cannot_be_written_is_told(capsys, small, tmp_path):
     (tmp_path / "file").write_text("")
     run = str(tmp_path / "file" / "run")
-    fails(capsys, ["train", "--config", small, "--run", run], "cannot be written", "--run")
+    check_fails(capsys, ["train", "--config", small, "--run", run], "cannot be written", "--run")
 
 
 def test_a_damaged_checkpoint_is_told(capsys, finished):
@@ -201,8 +201,8 @@ def test_a_damaged_checkpoint_is_told(capsys, finished):
     text = state.read_text()
     state.write_text(text[: len(text) // 2])
     try:
-        fails(capsys, ["eval", str(finished), "--episodes", "1"], "damaged")
-        fails(capsys, ["train", "--resume", "--run", str(finished)], "damaged")
+        check_fails(capsys, ["eval", str(finished), "--episodes", "1"], "damaged")
+        check_fails(capsys, ["train", "--resume", "--run", str(finished)], "damaged")
     finally:
         state.write_text(text)
 
@@ -241,17 +241,17 @@ def test_eval_for_people_and_its_refusals(capsys, finished, tiny):
     text = capsys.readouterr().out
     assert "success  0.0 %" in text
     assert "65.8" in text  # 0 of 2: z^2 / (2 + z^2)
-    fails(
+    check_fails(
         capsys,
         ["eval", str(tiny), "--which", "teacher"],
         "is no run folder",
         "drop --which teacher",
     )
-    fails(capsys, ["eval", str(tiny), "--episodes", "0"], "--episodes 0 must be at least 1")
-    fails(capsys, ["eval", str(tiny), "--nonsense", "1"], "unknown argument '--nonsense'")
-    fails(capsys, ["eval", str(tiny), "--option", "prompt"], "must be NAME=VALUE")
-    fails(capsys, ["eval", str(tiny), "--option", "colour=red"], "does not take the options")
-    fails(capsys, ["eval", str(tiny), "--split", "odd", "--episodes", "1"], "split")
+    check_fails(capsys, ["eval", str(tiny), "--episodes", "0"], "--episodes 0 must be at least 1")
+    check_fails(capsys, ["eval", str(tiny), "--nonsense", "1"], "unknown argument '--nonsense'")
+    check_fails(capsys, ["eval", str(tiny), "--option", "prompt"], "must be NAME=VALUE")
+    check_fails(capsys, ["eval", str(tiny), "--option", "colour=red"], "does not take the options")
+    check_fails(capsys, ["eval", str(tiny), "--split", "odd", "--episodes", "1"], "split")
 
 
 def test_play_shows_turns_and_saves_frames(capsys, finished, tmp_path):
