@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -250,6 +250,40 @@ def _play(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def _weights(text: str) -> str | list[float]:
+    if text in ("sma", "ema"):
+        return text
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected sma, ema, or numbers separated by commas"
+        ) from error
+
+
+def _merge(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    _no_rest(rest)
+    from gtr_turbo.merging import merge as merge_checkpoints
+    from gtr_turbo.terminal import MergeView, show_merge
+
+    given = vars(options).copy()
+    for key in ("command", "run_command", "checkpoints", "out", "json", "shard_gb"):
+        del given[key]
+    with MergeView(quiet=options.json or options.dry_run) as view:
+        report = merge_checkpoints(
+            options.checkpoints,
+            options.out,
+            progress=view.progress,
+            shard_bytes=int(options.shard_gb * 2**30),
+            **given,
+        )
+    if options.json:
+        print(json.dumps({"seconds": report.seconds, **asdict(report.plan), **report.manifest}))
+    else:
+        show_merge(view.console, report)
+    return 0
+
+
 def _doctor(options: argparse.Namespace, rest: Sequence[str]) -> int:
     _no_rest(rest)
     from gtr_turbo.doctor import examine
@@ -344,8 +378,73 @@ def _parser() -> argparse.ArgumentParser:
         "--records", metavar="FILE", help="write a JSON line per episode"
     )
     commands.choices["play"].add_argument("--frames", metavar="DIR", help="save the frames as PNG")
+    _merge_arguments(
+        command("merge", _merge, "Merge checkpoints, full or LoRA, in bounded memory.")
+    )
     command("doctor", _doctor, "Check that this machine has what a run needs.")
     return parser
+
+
+def _merge_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "checkpoints", nargs="+", metavar="CKPT", help="the oldest first; full models or adapters"
+    )
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    sub.add_argument("--base", metavar="DIR", help="the model the checkpoints started from")
+    sub.add_argument(
+        "--method",
+        default="ties",
+        metavar="NAME",
+        help="ties (default), linear, slerp, task-arithmetic, dare-linear, dare-ties",
+    )
+    sub.add_argument(
+        "--weights",
+        type=_weights,
+        default="sma",
+        metavar="W",
+        help="sma (default), ema, or one number per checkpoint: 1,1,2",
+    )
+    sub.add_argument("--alpha", type=float, default=0.5, help="of ema (default 0.5)")
+    sub.add_argument(
+        "--density", type=float, metavar="D", help="kept by ties and dare (default 0.8)"
+    )
+    sub.add_argument(
+        "--lambda", type=float, default=1.0, dest="lam", metavar="L", help="factor of the change"
+    )
+    sub.add_argument("--compat", choices=("peft",), help="PEFT's definition of ties")
+    sub.add_argument(
+        "--form",
+        choices=("dense", "adapter", "cat", "factors"),
+        default="dense",
+        help="of merged adapters: base + change (default), a low rank, side by side, or A and B apart",
+    )
+    sub.add_argument("--rank", type=int, metavar="R", help="of forms adapter and cat")
+    sub.add_argument(
+        "--max-lost",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="largest fraction of a module's squared norm that a rank may lose (default 0.1)",
+    )
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the result")
+    sub.add_argument("--seed", type=int, default=0, help="of dare and of the sketch (default 0)")
+    sub.add_argument(
+        "--threads",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        metavar="N",
+        help="at work at once",
+    )
+    sub.add_argument(
+        "--shard-gb", type=float, default=5.0, metavar="GB", help="largest file (default 5)"
+    )
+    sub.add_argument(
+        "--keep-thresholds",
+        action="store_true",
+        help="keep what trimming found beside the checkpoints; the next merge is then faster",
+    )
+    sub.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _terminate(number: int, frame: Any) -> None:
@@ -368,6 +467,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"gtr-turbo: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"gtr-turbo: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         return _failed(error)
 
@@ -381,6 +483,11 @@ def _go_on(options: argparse.Namespace) -> str:
 
 def _failed(error: Exception) -> int:
     """Our own errors as one line; anything else is a bug and keeps its traceback."""
+    from gtr_turbo.merging.shards import MergeError
+
+    if isinstance(error, MergeError):
+        print(f"gtr-turbo: {error}", file=sys.stderr)
+        return 2
     from gtr_turbo.checkpoint import CheckpointError
     from gtr_turbo.envs import ContractError
     from gtr_turbo.learning.update import TrainingError
@@ -388,7 +495,7 @@ def _failed(error: Exception) -> int:
     if isinstance(error, (CheckpointError, ContractError)):
         print(f"gtr-turbo: {error}", file=sys.stderr)
         return 2
-    if isinstance(error, (TrainingError, OSError, FloatingPointError)):
+    if isinstance(error, (TrainingError, FloatingPointError)):
         print(f"gtr-turbo: {error}", file=sys.stderr)
         return 1
     raise error

@@ -5,16 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from gtr_turbo.config import TrainConfig
+
+if TYPE_CHECKING:
+    from gtr_turbo.merging import Report
 
 BARS = "▁▂▃▄▅▆▇█"
 SHOWN = (
@@ -172,3 +183,68 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
         f"peak memory {summary['peak_rss_mb']:.0f} MB",
         highlight=False,
     )
+
+
+class MergeView:
+    """A bar of bytes and time left, where there is a terminal."""
+
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        self.console = console or Console()
+        self._bar = Progress(
+            TextColumn("merging"),
+            BarColumn(bar_width=None),
+            DownloadColumn(binary_units=True),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=quiet or not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("merging", total=None)
+
+    def __enter__(self) -> MergeView:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def progress(self, done: int, total: int) -> None:
+        """Takes bytes read, and bytes to read."""
+        self._bar.update(self._task, completed=done, total=total)
+
+
+def show_merge(console: Console, report: Report) -> None:
+    """What a merge did, or, after a dry run, would do."""
+    plan, done = report.plan, bool(report.manifest)
+    settings = plan.settings
+    table = Table(title="merged" if done else "plan (nothing was written)", show_header=False)
+    table.title_style = "bold"
+    method = [settings["method"]]
+    if settings["density"] < 1:
+        method.append(f"density {settings['density']}")
+    if settings["lambda"] != 1:
+        method.append(f"lambda {settings['lambda']}")
+    if settings["compat"] or plan.form == "factors":
+        method.append("as PEFT defines it")
+    table.add_row("method", ", ".join(method))
+    for number, (name, weight) in enumerate(zip(plan.inputs, settings["weights"], strict=True)):
+        table.add_row("" if number else "checkpoints", f"{weight:.4g} x {escape(name)}")
+    table.add_row("base", escape(plan.base or "none"))
+    rank = f", rank {settings['rank']}" if settings["rank"] else ""
+    table.add_row("result", f"{escape(plan.out)} ({plan.kind}, {plan.form}{rank})")
+    table.add_row("tensors", f"{plan.tensors}, of which {plan.merged} merged")
+    table.add_row("reads", f"{plan.read_bytes / 2**20:,.1f} MiB")
+    table.add_row("writes", f"{plan.disk_bytes / 2**20:,.1f} MiB")
+    table.add_row("memory", f"at most {plan.memory_bytes / 2**20:,.0f} MiB beside the program")
+    if plan.cached:
+        table.add_row("thresholds", f"known for {plan.cached} of {len(plan.inputs)} checkpoints")
+    tensors = report.manifest.get("tensors", {}).values()
+    if lost := [lines["energy_lost"] for lines in tensors if "energy_lost" in lines]:
+        table.add_row(
+            "squared norm lost", f"{sum(lost) / len(lost):.2%} on average, {max(lost):.2%} at most"
+        )
+    if done:
+        table.add_row("time", f"{report.seconds:.1f} s")
+    console.print(table)
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)

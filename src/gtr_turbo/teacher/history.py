@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gtr_turbo.config import TeacherConfig
-from gtr_turbo.merging.methods import RunningTies, trim
+from gtr_turbo.merging.tensors import RunningTies
 
 
 class History:
@@ -45,7 +45,7 @@ class History:
                 running = self._ties.setdefault(name, RunningTies(delta))
                 if ema and self.count:
                     running.decay(1 - alpha)
-                running.add(trim(delta, self.config.density), alpha)
+                running.add(delta, alpha, density=self.config.density)
             elif name in self._mean:
                 step = alpha if ema else 1.0 / (self.count + 1)
                 self._mean[name] += step * (delta - self._mean[name])

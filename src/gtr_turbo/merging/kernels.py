@@ -1,0 +1,386 @@
+"""The passes over numbers that make a merge fast, compiled by numba; `arrays.py` is the same in numpy.
+
+All kernels work on one chunk of one tensor, of K checkpoints at once. Letters: K checkpoints, n entries of
+the chunk. Numbers arrive as rows of float32, or of uint16 that hold bfloat16; a change is `row - base`, in
+float32 (`base` of length 0: the rows are changes already). The magnitude of a change is compared as the
+integer pattern of its absolute value, which orders like the value, and makes "equal" exact.
+
+Every kernel walks the chunk in blocks that stay in the first-level cache, and its inner loops vectorise.
+None depends on the number of threads; all release the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+BLOCK = 1024
+MAGNITUDE = np.uint32(0x7FFFFFFF)
+
+# numpy's division, without Python's exception on zero: that check would keep loops from vectorising
+kernel = njit(nogil=True, cache=True, error_model="numpy")
+
+
+@kernel
+def _widen(row, x, bits):
+    """X = row, as float32; `bits` is the same memory as x, as uint32."""
+    if row.itemsize == 2:
+        for i in range(row.size):
+            bits[i] = np.uint32(row[i]) << np.uint32(16)
+    else:
+        for i in range(row.size):
+            x[i] = row[i]
+
+
+@kernel
+def _change(row, base, x, bits):
+    """X = row - base, as float32."""
+    _widen(row, x, bits)
+    for i in range(base.size):
+        x[i] = x[i] - base[i]
+
+
+@kernel
+def _survey(bits, count, largest):
+    """(how many are zero, the largest magnitude and `largest`)."""
+    zeros = 0
+    for i in range(count):
+        zeros += (bits[i] & MAGNITUDE) == 0
+    for i in range(count):
+        pattern = np.uint32(bits[i] & MAGNITUDE)
+        largest = pattern if pattern > largest else largest
+    return zeros, largest
+
+
+@kernel
+def changes(rows, base, out):
+    """Out (K, n) float32 = rows (K, n) - base (n,)."""
+    number, size = rows.shape
+    wide = np.empty(BLOCK, np.float32)
+    wide_bits = wide.view(np.uint32)
+    for start in range(0, size, BLOCK):
+        count = min(BLOCK, size - start)
+        if base.size:
+            _widen(base[start : start + count], wide, wide_bits)
+        known = wide[: min(count, base.size)]
+        for k in range(number):
+            x = out[k, start : start + count]
+            _change(rows[k, start : start + count], known, x, x.view(np.uint32))
+
+
+@kernel
+def gather(rows, base, low, high, kept, filled, above):
+    """Collect the magnitudes between two bounds, and count those above.
+
+    Args:
+        rows: (K, n).
+        base: (n,) or (0,).
+        low: (K,) uint32, the smallest pattern to collect.
+        high: (K,) uint32, the largest.
+        kept: (K, capacity) uint32, takes the patterns.
+        filled: (K,) int64, how many are in it; capacity + 1 once it is too small.
+        above: (K,) int64, counts the patterns above `high`.
+    """
+    number, size = rows.shape
+    capacity = kept.shape[1]
+    wide = np.empty(BLOCK, np.float32)
+    wide_bits = wide.view(np.uint32)
+    x = np.empty(BLOCK, np.float32)
+    bits = x.view(np.uint32)
+    for start in range(0, size, BLOCK):
+        count = min(BLOCK, size - start)
+        if base.size:
+            _widen(base[start : start + count], wide, wide_bits)
+        known = wide[: min(count, base.size)]
+        for k in range(number):
+            _change(rows[k, start : start + count], known, x, bits)
+            more = 0
+            for i in range(count):
+                bits[i] &= MAGNITUDE
+                more += bits[i] > high[k]
+            above[k] += more
+            first, width, into, row = low[k], np.uint32(high[k] - low[k]), filled[k], kept[k]
+            if into + count > capacity:
+                filled[k] = capacity + 1
+                continue
+            for i in range(count):
+                row[into] = bits[i]
+                into += np.uint32(bits[i] - first) <= width
+            filled[k] = into
+
+
+@kernel
+def histogram(rows, base, upper, counts):
+    """Count magnitudes by their upper 15 bits, or by their lower 16 among those with given upper bits.
+
+    Args:
+        rows: (K, n).
+        base: (n,) or (0,).
+        upper: (K,) int64, -1 for the first kind, else the upper bits asked for.
+        counts: (K, 65536) int64, is added to.
+    """
+    number, size = rows.shape
+    wide = np.empty(BLOCK, np.float32)
+    wide_bits = wide.view(np.uint32)
+    x = np.empty(BLOCK, np.float32)
+    bits = x.view(np.uint32)
+    for start in range(0, size, BLOCK):
+        count = min(BLOCK, size - start)
+        if base.size:
+            _widen(base[start : start + count], wide, wide_bits)
+        known = wide[: min(count, base.size)]
+        for k in range(number):
+            _change(rows[k, start : start + count], known, x, bits)
+            if upper[k] < 0:
+                for i in range(count):
+                    counts[k, (bits[i] & MAGNITUDE) >> np.uint32(16)] += 1
+            else:
+                asked = np.uint32(upper[k])
+                for i in range(count):
+                    pattern = bits[i] & MAGNITUDE
+                    if (pattern >> np.uint32(16)) == asked:
+                        counts[k, pattern & np.uint32(0xFFFF)] += 1
+
+
+@kernel
+def _trim(x, bits, count, cut, quota):
+    """Zero the entries of a block below `cut`, and those equal to it when `quota` is used up.
+
+    Returns:
+        (what is left of `quota`, how many entries are larger than the cut).
+    """
+    equal, larger = 0, 0
+    for i in range(count):
+        equal += np.uint32(bits[i] & MAGNITUDE) == cut
+    for i in range(count):
+        larger += np.uint32(bits[i] & MAGNITUDE) > cut
+    limit = cut
+    if equal <= quota:
+        quota -= equal
+    elif quota == 0:
+        limit = cut + np.uint32(1)
+    else:
+        for i in range(count):
+            if (bits[i] & MAGNITUDE) == cut:
+                if quota > 0:
+                    quota -= 1
+                else:
+                    bits[i] = np.uint32(0)
+    for i in range(count):
+        bits[i] = bits[i] if np.uint32(bits[i] & MAGNITUDE) >= limit else np.uint32(0)
+    return quota, larger
+
+
+@kernel
+def _drop(x, count, key, at, bound, scale):
+    """Zero entries by a hash of (key, index), SplitMix64; the others are multiplied by `scale`."""
+    for i in range(count):
+        z = key + np.uint64(at + i) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+        x[i] = x[i] * scale if (z >> np.uint64(40)) < bound else np.float32(0)
+
+
+@kernel
+def _vote(x, count, weight, mass, positive, negative, positive_w, negative_w):
+    """Add a block to the four sums of TIES: weighted values and masses, by sign."""
+    zero = np.float32(0)  # a loop over few arrays vectorises, one over all of them does not
+    for i in range(count):
+        value = weight * x[i]
+        positive[i] += value if x[i] > zero else zero
+    for i in range(count):
+        value = weight * x[i]
+        negative[i] += value if x[i] < zero else zero
+    for i in range(count):
+        positive_w[i] += mass if x[i] > zero else zero
+    for i in range(count):
+        negative_w[i] += mass if x[i] < zero else zero
+
+
+@kernel
+def _elect(count, ballot, positive, negative, positive_w, negative_w, mass, out):
+    """The mean of the entries of the elected sign; `ballot` decides, a zero counting as positive."""
+    zero, one = np.float32(0), np.float32(1)
+    for i in range(count):
+        plus, minus = positive[i], negative[i]
+        out[i] = plus if ballot[i] >= zero else minus
+    for i in range(count):
+        plus, minus = positive_w[i], negative_w[i]
+        mass[i] = plus if ballot[i] >= zero else minus
+    for i in range(count):
+        total = mass[i]
+        out[i] = out[i] / (total if total > zero else one)
+
+
+@kernel
+def combine(  # noqa: C901 - one fused pass
+    rows,
+    base,
+    weights,
+    divisor,
+    vote,
+    unweighted,
+    cuts,
+    quotas,
+    keys,
+    bound,
+    scale,
+    at,
+    zeros,
+    larger,
+    largest,
+    out,
+):
+    """Merge a chunk.
+
+    Args:
+        rows: (K, n) numbers.
+        base: (n,) or (0,).
+        weights: (K,) float32.
+        divisor: float32, of the sum (without a vote).
+        vote: True elects a sign and takes the mean of those that agree; False sums `weights * changes`.
+        unweighted: True elects on unweighted values and divides by the number that agree, not by their weight.
+        cuts: (K,) uint32 pattern of the smallest magnitude kept, or (0,) to keep everything.
+        quotas: (K,) int64, how many entries equal to the cut are still to be kept; is counted down.
+        keys: (K,) uint64 of the random drop, or (0,) for none.
+        bound: of 2**24, the fraction of entries that the drop keeps.
+        scale: factor of the entries that the drop keeps.
+        at: index of the chunk's first entry in its tensor.
+        zeros: (K,) int64, counts changes equal to zero (before trimming).
+        larger: (K,) int64, counts magnitudes above the cut.
+        largest: (K,) uint32, the largest magnitude seen; 0x7F800000 or more is not finite.
+        out: (n,) float32, the merged change.
+    """
+    number, size = rows.shape
+    wide = np.empty(BLOCK, np.float32)
+    wide_bits = wide.view(np.uint32)
+    x = np.empty(BLOCK, np.float32)
+    bits = x.view(np.uint32)
+    sums = np.empty((5, BLOCK), np.float32)
+    for start in range(0, size, BLOCK):
+        count = min(BLOCK, size - start)
+        sums[:] = np.float32(0)
+        if base.size:
+            _widen(base[start : start + count], wide, wide_bits)
+        known = wide[: min(count, base.size)]
+        for k in range(number):
+            _change(rows[k, start : start + count], known, x, bits)
+            none, largest[k] = _survey(bits, count, largest[k])
+            zeros[k] += none
+            if cuts.size:
+                quotas[k], more = _trim(x, bits, count, cuts[k], quotas[k])
+                larger[k] += more
+            if keys.size:
+                _drop(x, count, keys[k], at + start, bound, scale)
+            weight = weights[k]
+            if vote:
+                mass = np.float32(1) if unweighted else weight
+                _vote(x, count, weight, mass, sums[0], sums[1], sums[2], sums[3])
+                if unweighted:
+                    for i in range(count):
+                        sums[4, i] += x[i]
+            else:
+                for i in range(count):
+                    sums[0, i] += weight * x[i]
+        merged = out[start : start + count]
+        if vote:
+            ballot = sums[4]
+            if not unweighted:
+                for i in range(count):
+                    ballot[i] = sums[0, i] + sums[1, i]
+            _elect(count, ballot, sums[0], sums[1], sums[2], sums[3], x, merged)
+        else:
+            total = sums[0]
+            for i in range(count):
+                merged[i] = total[i] / divisor
+
+
+@kernel
+def accumulate(change, cut, quota, weight, positive, negative, positive_w, negative_w):
+    """Trim a change (n,) and add it to the running sums of TIES, each (n,) float32.
+
+    Returns:
+        (changes equal to zero, largest magnitude pattern).
+    """
+    size = change.size
+    x = np.empty(BLOCK, np.float32)
+    bits = x.view(np.uint32)
+    none, most = 0, np.uint32(0)
+    for start in range(0, size, BLOCK):
+        count = min(BLOCK, size - start)
+        _widen(change[start : start + count], x, bits)
+        zeros, most = _survey(bits, count, most)
+        none += zeros
+        quota, _ = _trim(x, bits, count, cut, quota)
+        _vote(
+            x,
+            count,
+            weight,
+            weight,
+            positive[start : start + count],
+            negative[start : start + count],
+            positive_w[start : start + count],
+            negative_w[start : start + count],
+        )
+    return none, most
+
+
+@kernel
+def elect(positive, negative, positive_w, negative_w, out):
+    """The merge that running sums stand for; all (n,) float32."""
+    size = out.size
+    ballot, mass = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    for start in range(0, size, BLOCK):
+        count = min(BLOCK, size - start)
+        stop = start + count
+        plus, minus = positive[start:stop], negative[start:stop]
+        for i in range(count):
+            ballot[i] = plus[i] + minus[i]
+        _elect(
+            count,
+            ballot,
+            plus,
+            minus,
+            positive_w[start:stop],
+            negative_w[start:stop],
+            mass,
+            out[start:stop],
+        )
+
+
+@kernel
+def finish(change, base, factor, out):
+    """Out = base + factor * change, rounded once; returns the largest magnitude pattern in `out`.
+
+    Args:
+        change: (n,) float32.
+        base: (n,) float32 or uint16, or (0,) for none.
+        factor: float32.
+        out: (n,) float32, or uint16 that takes bfloat16, rounded to nearest, ties to even.
+    """
+    size = change.size
+    wide = np.empty(BLOCK, np.float32)
+    wide_bits = wide.view(np.uint32)
+    x = np.empty(BLOCK, np.float32)
+    bits = x.view(np.uint32)
+    most = np.uint32(0)
+    for start in range(0, size, BLOCK):
+        count = min(BLOCK, size - start)
+        part, rounded = change[start : start + count], out[start : start + count]
+        for i in range(count):
+            x[i] = factor * part[i]
+        if base.size:
+            _widen(base[start : start + count], wide, wide_bits)
+            for i in range(count):
+                x[i] = wide[i] + x[i]
+        if out.itemsize == 2:
+            for i in range(count):
+                bits[i] += np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))
+                bits[i] &= np.uint32(0xFFFF0000)
+                rounded[i] = bits[i] >> np.uint32(16)
+        else:
+            for i in range(count):
+                rounded[i] = x[i]
+        most = _survey(bits, count, most)[1]
+    return most

@@ -1,0 +1,421 @@
+"""Merging checkpoints from files to files, in bounded memory: what `gtr-turbo merge` calls.
+
+The output's files are laid out first; then every tensor is a job, the largest first, done by one thread in
+chunks: read K + 1 rows, merge, round once, write at its offset. The folder appears when it is complete. The
+result does not depend on the number of threads or on how inputs are sharded.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gtr_turbo import __version__
+from gtr_turbo.merging import lora
+from gtr_turbo.merging.jobs import CHUNK, THRESHOLDS, Context, Job, full_jobs, lora_jobs
+from gtr_turbo.merging.methods import METHODS, Recipe, ema, sma
+from gtr_turbo.merging.shards import (
+    ITEMSIZE,
+    Checkpoint,
+    MergeError,
+    Writer,
+    copy_companions,
+    new_folder,
+)
+from gtr_turbo.merging.trim import CAPACITY, Cut, backend
+
+MANIFEST = "merged-from.json"
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+MANY_TIES = 0.01
+"""Fraction of a tensor's entries; more of them equal to the threshold make the trim a matter of their order."""
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What a merge will do; `gtr-turbo merge --dry-run` prints it."""
+
+    kind: str
+    """`full` or `lora`."""
+    form: str
+    inputs: list[str]
+    base: str | None
+    out: str
+    settings: dict[str, Any]
+    tensors: int
+    """Tensors in the output."""
+    merged: int
+    """Those that are merged; the others are copied from the base."""
+    read_bytes: int
+    disk_bytes: int
+    memory_bytes: int
+    """Bound on the memory that the merge allocates."""
+    cached: int
+    """Inputs whose thresholds are known already."""
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What was done."""
+
+    plan: Plan
+    manifest: dict[str, Any]
+    """What lies in `merged-from.json`; empty after a dry run."""
+    seconds: float
+
+    @property
+    def warnings(self) -> list[str]:
+        """Facts that make the merge doubtful."""
+        return list(self.manifest.get("warnings", []))
+
+
+@dataclass
+class _Prepared:
+    """Inputs, opened and checked, and the jobs they give."""
+
+    kind: str
+    opened: list[Checkpoint]
+    base: Checkpoint | None
+    jobs: list[Job]
+    merged: int
+    config: dict[str, Any] | None = None
+    """Of the adapter to write."""
+
+
+def merge(
+    checkpoints: Sequence[str | Path],
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    method: str = "ties",
+    weights: str | Sequence[float] = "sma",
+    alpha: float = 0.5,
+    density: float | None = None,
+    lam: float = 1.0,
+    compat: str | None = None,
+    form: str = "dense",
+    rank: int | None = None,
+    max_lost: float = 0.1,
+    dtype: str | None = None,
+    seed: int = 0,
+    threads: int = 2,
+    shard_bytes: int = 5 << 30,
+    engine: str = "numba",
+    keep_thresholds: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Merge checkpoints into a new folder.
+
+    Args:
+        checkpoints: the oldest first: full models (folder or .safetensors file), or LoRA adapters of one base.
+        out: folder to make.
+        base: where the checkpoints started from. Needed by methods that work on changes, and by `dense`.
+        method: a row of `methods.METHODS`.
+        weights: `sma`, `ema`, or one number per checkpoint.
+        alpha: of `ema`.
+        density: fraction of entries that `ties` and the `dare` methods keep; default 0.8 for them.
+        lam: the merged change is multiplied by it (methods that work on changes).
+        compat: `peft` for PEFT's definition of ties.
+        form: of the result, for adapters: `dense`, `adapter`, `cat` or `factors`; see `lora`.
+        rank: of the form `adapter` (default: twice the inputs' largest rank) or `cat` (default: their sum).
+        max_lost: bound on the fraction of a module's squared norm that `adapter` and `cat` may lose.
+        dtype: of the result: `float32`, `bfloat16` or `float16`; default as the checkpoints' (full), the base's
+            (dense) or float32 (adapters).
+        seed: of the random drop and of the SVD's sketch.
+        threads: at work at once.
+        shard_bytes: largest file of the result.
+        engine: `numba` or `numpy`.
+        keep_thresholds: write the thresholds of full checkpoints beside them, so that the next merge with
+            this base and density needs one pass less.
+        dry_run: only plan.
+        progress: told (bytes read, bytes to read).
+
+    Raises:
+        MergeError: the input cannot be merged; names file and tensor. Nothing is left behind.
+        OSError: the disk is full or cannot be written.
+    """
+    began = time.monotonic()
+    recipe = _recipe(len(checkpoints), method, weights, alpha, density, seed, compat, lam)
+    if dtype is not None and dtype not in DTYPES:
+        raise MergeError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if threads < 1 or shard_bytes < 1:
+        raise MergeError(f"threads {threads} and shard size {shard_bytes} must be at least 1")
+    wanted = DTYPES[dtype] if dtype else None
+    paths = [Path(path) for path in checkpoints]
+    with ExitStack() as stack:
+        prepared = _prepare(stack, paths, base, recipe, form, rank, max_lost, wanted, lam)
+        known: list[dict[str, Cut] | None] = [None] * len(paths)
+        if recipe.row.thin == "trim" and prepared.kind == "full" and prepared.base is not None:
+            known = [_load_thresholds(c, prepared.base, recipe.density) for c in prepared.opened]
+        layout = [(job.name, job.dtype, job.shape) for job in prepared.jobs]
+        plan = Plan(
+            kind=prepared.kind,
+            form=form,
+            inputs=[str(path) for path in paths],
+            base=None if base is None else str(base),
+            out=str(out),
+            settings={
+                "method": method,
+                "weights": list(recipe.weights),
+                "density": recipe.density,
+                "lambda": lam,
+                "compat": compat,
+                "seed": seed,
+                "rank": None if prepared.config is None else prepared.config["r"],
+            },
+            tensors=len(layout),
+            merged=prepared.merged,
+            read_bytes=sum(job.read_bytes for job in prepared.jobs),
+            disk_bytes=sum(ITEMSIZE[d] * int(np.prod(s, dtype=np.int64)) for _, d, s in layout),
+            memory_bytes=_memory(prepared.jobs, len(paths), threads, whole=form != "dense"),
+            cached=sum(cuts is not None for cuts in known),
+        )
+        if dry_run:
+            return Report(plan=plan, manifest={}, seconds=time.monotonic() - began)
+        with new_folder(Path(out)) as folder:
+            stem = "model" if prepared.config is None else "adapter_model"
+            writer = Writer.create(folder, layout, stem=stem, shard_bytes=shard_bytes)
+            stack.callback(writer.close)
+            context = Context(
+                writer, backend(engine), recipe, np.float32(lam), threading.Event(), known
+            )
+            tensors = _run(prepared.jobs, context, threads, progress)
+            manifest = _manifest(plan, prepared, tensors)
+            own = prepared.base if prepared.base and prepared.config is None else None
+            copy_companions(own.path if own else paths[-1], folder)
+            if prepared.config is not None:
+                text = json.dumps(prepared.config, indent=2)
+                (folder / "adapter_config.json").write_text(text + "\n")
+            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            writer.close()
+        if keep_thresholds and any("cuts" in lines for lines in tensors.values()):
+            _save_thresholds(prepared, recipe.density, tensors)
+    return Report(plan=plan, manifest=manifest, seconds=time.monotonic() - began)
+
+
+def _recipe(
+    count: int,
+    method: str,
+    weights: str | Sequence[float],
+    alpha: float,
+    density: float | None,
+    seed: int,
+    compat: str | None,
+    lam: float,
+) -> Recipe:
+    """Check the numbers and resolve the weights."""
+    if count < 2:
+        raise MergeError(f"a merge takes two checkpoints or more, given {count}")
+    if isinstance(weights, str):
+        if weights not in ("sma", "ema"):
+            raise MergeError(
+                f"weights {weights!r}: expected sma, ema, or one number per checkpoint"
+            )
+        if not 0 < alpha <= 1:
+            raise MergeError(f"alpha {alpha} must be in (0, 1]")
+        weights = sma(count) if weights == "sma" else ema(count, alpha)
+    if len(weights) != count:
+        raise MergeError(f"{count} checkpoints, but {len(weights)} weights")
+    if not np.isfinite(lam):
+        raise MergeError(f"lambda {lam} must be a finite number")
+    row = METHODS.get(method)
+    if row is not None and not row.base and lam != 1:
+        raise MergeError(f"{method} has no lambda; drop it, or take task-arithmetic")
+    if density is None:
+        density = 0.8 if row is not None and row.thin != "none" else 1.0
+    try:
+        return Recipe(
+            method=method,
+            weights=tuple(float(w) for w in weights),
+            density=density,
+            seed=seed,
+            compat=compat,
+        )
+    except ValueError as error:
+        raise MergeError(str(error)) from error
+
+
+def _prepare(
+    stack: ExitStack,
+    paths: Sequence[Path],
+    base: str | Path | None,
+    recipe: Recipe,
+    form: str,
+    rank: int | None,
+    max_lost: float,
+    dtype: str | None,
+    lam: float,
+) -> _Prepared:
+    """Open and check everything."""
+    kinds = [lora.is_adapter(path) for path in paths]
+    if len(set(kinds)) > 1:
+        one, other = paths[kinds.index(True)], paths[kinds.index(False)]
+        raise MergeError(f"{one} is an adapter, {other} is not: merge like with like")
+    opened_base = None
+    if base is not None:
+        if lora.is_adapter(Path(base)):
+            raise MergeError(f"the base {base} is an adapter; give the full model it belongs to")
+        opened_base = stack.enter_context(Checkpoint.open(base))
+    if kinds[0]:
+        adapters = [stack.enter_context(lora.Adapter.open(path)) for path in paths]
+        lora.check_family(adapters)
+        jobs, config = lora_jobs(adapters, opened_base, recipe, form, rank, max_lost, dtype, lam)
+        opened = [adapter.weights for adapter in adapters]
+        merged = len(adapters[0].modules) if form == "dense" else len(jobs)
+        return _Prepared("lora", opened, opened_base, jobs, merged, config)
+    if form != "dense" or rank is not None:
+        raise MergeError(f"{paths[0]} is a full model: form {form!r} and rank are for adapters")
+    opened = [stack.enter_context(Checkpoint.open(path)) for path in paths]
+    if recipe.row.base and opened_base is None:
+        raise MergeError(f"{recipe.method} works on changes: give the base they started from")
+    jobs = list(full_jobs(opened, opened_base, recipe, dtype))
+    return _Prepared("full", opened, opened_base, jobs, len(jobs))
+
+
+def _run(
+    jobs: Sequence[Job],
+    context: Context,
+    threads: int,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, dict[str, Any]]:
+    """Do all jobs, the largest first; the first failure stops the others."""
+    total, done = sum(job.read_bytes for job in jobs), 0
+    found: dict[str, dict[str, Any]] = {}
+    with ThreadPoolExecutor(threads) as pool:
+        futures = {
+            pool.submit(job.run, context): job
+            for job in sorted(jobs, key=lambda job: -job.read_bytes)
+        }
+        try:
+            for future in as_completed(futures):
+                job, lines = futures[future], future.result()
+                if lines is not None:
+                    found[job.name] = lines
+                done += job.read_bytes
+                if progress is not None:
+                    progress(done, total)
+        except BaseException:
+            context.stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {job.name: found[job.name] for job in jobs if job.name in found}
+
+
+def _memory(jobs: Sequence[Job], count: int, threads: int, *, whole: bool) -> int:
+    """What a merge allocates at most: chunks and brackets of each thread; whole modules of a low-rank form."""
+    most = threads * 4 * (CHUNK * (count + 3) + CAPACITY)
+    if whole:
+        most += threads * 4 * (count + 4) * max(job.size for job in jobs)
+    return most
+
+
+def _manifest(
+    plan: Plan, prepared: _Prepared, tensors: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """What the result was made of."""
+
+    def described(checkpoint: Checkpoint) -> dict[str, Any]:
+        return {
+            "path": str(checkpoint.path),
+            "bytes": checkpoint.nbytes,
+            "fingerprint": checkpoint.fingerprint(),
+        }
+
+    return {
+        "made_by": f"gtr-turbo {__version__} merge",
+        "settings": plan.settings | {"kind": plan.kind, "form": plan.form},
+        "checkpoints": [described(checkpoint) for checkpoint in prepared.opened],
+        "base": None if prepared.base is None else described(prepared.base),
+        "warnings": _warnings(plan.settings["density"], tensors),
+        "tensors": {
+            name: {key: value for key, value in lines.items() if key != "cuts"}
+            for name, lines in tensors.items()
+        },
+    }
+
+
+def _warnings(density: float, tensors: dict[str, dict[str, Any]]) -> list[str]:
+    """Where trimming did not do what it is for."""
+    found = []
+    trimmed = {name: lines for name, lines in tensors.items() if lines.get("cuts") and density < 1}
+    idle = {
+        name: max(lines["zero_fraction"])
+        for name, lines in trimmed.items()
+        if max(lines["zero_fraction"]) > 1 - density
+    }
+    if idle:
+        worst = max(idle, key=lambda name: idle[name])
+        found.append(
+            f"in {len(idle)} of {len(trimmed)} tensors more changes are exactly zero than density {density} "
+            f"trims (up to {idle[worst]:.1%}, {worst}), so trimming removed nothing there. Checkpoints "
+            "rounded to bfloat16 do this: keep them in float32, or as adapters"
+        )
+    tied = [
+        name
+        for name, lines in trimmed.items()
+        if name not in idle and max(lines["ties_at_threshold"]) > MANY_TIES * lines["entries"]
+    ]
+    if tied:
+        found.append(
+            f"in {len(tied)} of {len(trimmed)} tensors ({tied[0]} ...) more than {MANY_TIES:.0%} of the changes "
+            "equal the threshold: which of them are kept is decided by their index. Coarse number formats do this"
+        )
+    return found
+
+
+def _save_thresholds(
+    prepared: _Prepared, density: float, tensors: dict[str, dict[str, Any]]
+) -> None:
+    assert prepared.base is not None
+    base = prepared.base.fingerprint()
+    for k, checkpoint in enumerate(prepared.opened):
+        text = json.dumps(
+            {
+                "density": density,
+                "base": base,
+                "checkpoint": checkpoint.fingerprint(),
+                "cuts": {name: lines["cuts"][k] for name, lines in tensors.items()},
+            }
+        )
+        where = _thresholds_file(checkpoint)
+        part = where.with_name(where.name + ".part")
+        part.write_text(text + "\n")
+        part.replace(where)
+
+
+def _thresholds_file(checkpoint: Checkpoint) -> Path:
+    path = checkpoint.path
+    return path / THRESHOLDS if path.is_dir() else path.with_suffix(f".{THRESHOLDS}")
+
+
+def _load_thresholds(
+    checkpoint: Checkpoint, base: Checkpoint, density: float
+) -> dict[str, Cut] | None:
+    """Thresholds kept beside a checkpoint, if they are of these files and this density.
+
+    They are checked again entry by entry while merging (`Tally.exact`).
+
+    Raises:
+        MergeError: the file is damaged.
+    """
+    file = _thresholds_file(checkpoint)
+    if not file.exists():
+        return None
+    try:
+        kept = json.loads(file.read_text())
+        cuts = {name: Cut(*(int(n) for n in numbers)) for name, numbers in kept["cuts"].items()}
+        of = (kept["density"], kept["base"], kept["checkpoint"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MergeError(f"{file} cannot be read ({error}); delete it and merge again") from error
+    if of != (density, base.fingerprint(), checkpoint.fingerprint()):
+        return None
+    return cuts if set(cuts) == set(checkpoint.entries) else None

@@ -1,0 +1,414 @@
+"""Checkpoints as files: safetensors read and written in pieces, without loading a tensor.
+
+A checkpoint is a `.safetensors` file, or a folder with one, or a folder with shards and their index, as
+`transformers` and `peft` write them. Reading is by position, so several threads share a file, and a short
+file is an error and not a crash. Writing knows every offset in advance: the header goes first, and
+workers fill in the rest in any order, in a temporary folder that takes its place when it is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gtr_turbo.merging.arrays import Numbers
+
+MAX_HEADER = 100 << 20
+INDEX = ".safetensors.index.json"
+ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", INDEX)
+
+
+class MergeError(ValueError):
+    """Input that cannot be merged: what was given, what was expected, what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor lies."""
+
+    name: str
+    file: Path
+    dtype: str
+    """safetensors' name: F32, BF16, F16, ..."""
+    shape: tuple[int, ...]
+    start: int
+    """Of its first byte in the file."""
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass
+class Checkpoint:
+    """The tensors of a checkpoint, not loaded.
+
+    Attributes:
+        path: file or folder as given.
+        entries: by name, in the order of the files.
+        files: the safetensors files.
+    """
+
+    path: Path
+    entries: dict[str, Entry] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    _open: dict[Path, int] = field(default_factory=dict, repr=False)
+    _headers: dict[Path, bytes] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path, *, stem: str | None = None) -> Self:
+        """Read the headers.
+
+        Args:
+            path: a file or a folder.
+            stem: of the weight file in a folder, `model` or `adapter_model`; None takes what is there.
+
+        Raises:
+            MergeError: nothing there, or not a sound safetensors file.
+        """
+        self = cls(Path(path))
+        for file in _files(self.path, stem):
+            self._read_header(file)
+        if not self.entries:
+            raise MergeError(f"{self.path} holds no tensor")
+        return self
+
+    def _read_header(self, file: Path) -> None:
+        size = file.stat().st_size
+        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._open[file] = descriptor
+        first = os.pread(descriptor, 8, 0)
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or length > min(size - 8, MAX_HEADER):
+            raise MergeError(
+                f"{file} is not a safetensors file or is cut short: {size} bytes, of which its header "
+                f"claims {length}. Copy or download it again."
+            )
+        header = os.pread(descriptor, length, 8)
+        self._headers[file] = first + header
+        try:
+            found = json.loads(header)
+            found.pop("__metadata__", None)
+            entries = [_entry(name, file, value, 8 + length) for name, value in found.items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MergeError(f"{file}: its safetensors header cannot be read ({error})") from error
+        end = 8 + length
+        for entry in sorted(entries, key=lambda e: (e.start, e.stop)):
+            width = entry.stop - entry.start
+            sound = entry.start == end and width >= 0
+            if sound and entry.dtype in ITEMSIZE:
+                sound = width == entry.size * ITEMSIZE[entry.dtype]
+            if not sound:
+                raise MergeError(f"{file}: the header's offsets of tensor {entry.name!r} are wrong")
+            end = entry.stop
+            if entry.name in self.entries:
+                raise MergeError(
+                    f"tensor {entry.name!r} is in {self.entries[entry.name].file} and in {file}"
+                )
+            self.entries[entry.name] = entry
+        if end != size:
+            raise MergeError(
+                f"{file} is damaged: its header describes {end} bytes, the file has {size}. Copy or "
+                "download it again."
+            )
+        self.files.append(file)
+
+    def read(self, entry: Entry, first: int, row: Numbers) -> None:
+        """Read entries `first` ... into a row.
+
+        Args:
+            entry: of this checkpoint.
+            first: index of the first entry.
+            row: float32, or uint16 for bfloat16; float16 is widened to float32. As long as what is read.
+
+        Raises:
+            MergeError: the file ended too early.
+        """
+        if entry.dtype == "F16":
+            raw = np.empty(row.size, np.float16)
+            self._pread(entry, entry.start + 2 * first, raw)
+            row[:] = raw
+        else:
+            self._pread(entry, entry.start + row.itemsize * first, row)
+
+    def _pread(self, entry: Entry, at: int, row: NDArray[Any]) -> None:
+        view = memoryview(row.data).cast("B")
+        while len(view):
+            count = os.preadv(self._open[entry.file], [view], at)
+            if count == 0:
+                raise MergeError(f"{entry.file} ended inside tensor {entry.name!r}")
+            view, at = view[count:], at + count
+
+    def tensor(self, entry: Entry) -> Numbers:
+        """A whole tensor, float32 or uint16, in its shape."""
+        row: Numbers = np.empty(entry.size, row_dtype(entry.dtype))
+        self.read(entry, 0, row)
+        return row.reshape(entry.shape)
+
+    def raw(self, entry: Entry) -> bytes:
+        """The bytes of a tensor, whatever its type."""
+        return os.pread(self._open[entry.file], entry.stop - entry.start, entry.start)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of headers and of a page from the middle of every tensor.
+
+        Tells two checkpoints of one model apart at the cost of a page a tensor. It is no proof of
+        integrity: `digests` reads everything.
+        """
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(self._headers[file])
+        for entry in self.entries.values():
+            middle = (entry.start + entry.stop) // 2
+            page = os.pread(self._open[entry.file], min(4096, entry.stop - middle), middle)
+            digest.update(page)
+        return digest.hexdigest()
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every file, as the model hub states them."""
+        found = {}
+        for file in self.files:
+            with file.open("rb") as stream:
+                found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def row_dtype(dtype: str) -> type[np.float32] | type[np.uint16]:
+    """What `Checkpoint.read` reads a tensor of this type into."""
+    return np.uint16 if dtype == "BF16" else np.float32
+
+
+def _files(path: Path, stem: str | None) -> list[Path]:
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise MergeError(
+                f"{path} is no .safetensors file; convert it with save_pretrained() first"
+            )
+        return [path]
+    if not path.is_dir():
+        raise MergeError(f"{path} does not exist: expected a folder or a .safetensors file")
+    indices = sorted(path.glob(f"{stem or '*'}{INDEX}"))
+    if indices:
+        try:
+            names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise MergeError(f"{indices[0]} cannot be read ({error})") from error
+        files = [path / Path(name).name for name in names]
+    else:
+        files = sorted(path.glob(f"{stem or '*'}.safetensors"))
+        if len(files) > 1:
+            raise MergeError(
+                f"{path} holds {len(files)} .safetensors files and no index: name one of "
+                + ", ".join(file.name for file in files[:4])
+            )
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise MergeError(f"{path} lacks {missing[0]}, which its index names")
+    if not files:
+        raise MergeError(f"{path} holds no {stem or ''}*.safetensors file")
+    return files
+
+
+def _entry(name: str, file: Path, value: Mapping[str, Any], origin: int) -> Entry:
+    first, last = value["data_offsets"]
+    shape = tuple(int(n) for n in value["shape"])
+    return Entry(name, file, str(value["dtype"]), shape, origin + int(first), origin + int(last))
+
+
+def write_at(descriptor: int, data: Numbers, at: int) -> None:
+    """Write all of `data` at a position."""
+    view = memoryview(np.ascontiguousarray(data).data).cast("B")
+    while len(view):
+        count = os.pwrite(descriptor, view, at)
+        view, at = view[count:], at + count
+
+
+@dataclass
+class Writer:
+    """Safetensors files of which every offset is known in advance.
+
+    Attributes:
+        entries: where each tensor goes.
+    """
+
+    folder: Path
+    entries: dict[str, Entry]
+    _open: dict[Path, int]
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        layout: Iterable[tuple[str, str, tuple[int, ...]]],
+        *,
+        stem: str = "model",
+        shard_bytes: int = 5 << 30,
+    ) -> Self:
+        """Write headers, and the index if there is more than one file, and reserve the space.
+
+        Args:
+            folder: exists.
+            layout: (name, dtype, shape) of every tensor, in order.
+            stem: of the file names.
+            shard_bytes: largest file, unless one tensor is larger.
+
+        Raises:
+            OSError: the disk has not enough space.
+        """
+        shards: list[list[Entry]] = [[]]
+        used = 0
+        for name, dtype, shape in layout:
+            width = int(np.prod(shape, dtype=np.int64)) * ITEMSIZE[dtype]
+            if used and used + width > shard_bytes:
+                shards.append([])
+                used = 0
+            shards[-1].append(Entry(name, folder, dtype, shape, used, used + width))
+            used += width
+        self = cls(folder, {}, {})
+        for number, shard in enumerate(shards, 1):
+            many = len(shards) > 1
+            suffix = f"-{number:05}-of-{len(shards):05}" if many else ""
+            self._begin(folder / f"{stem}{suffix}.safetensors", shard)
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(e.stop - e.start for s in shards for e in s)},
+                "weight_map": {name: entry.file.name for name, entry in self.entries.items()},
+            }
+            (folder / f"{stem}{INDEX}").write_text(json.dumps(index, indent=2) + "\n")
+        return self
+
+    def _begin(self, file: Path, shard: list[Entry]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        for e in shard:
+            header[e.name] = {
+                "dtype": e.dtype,
+                "shape": list(e.shape),
+                "data_offsets": [e.start, e.stop],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        first = len(text).to_bytes(8, "little") + text
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._open[file] = descriptor
+        end = len(first) + (shard[-1].stop if shard else 0)
+        try:
+            os.posix_fallocate(descriptor, 0, end)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise OSError(
+                    errno.ENOSPC, f"the disk has no room for {end} bytes", str(file)
+                ) from error
+            os.ftruncate(descriptor, end)  # a file system that cannot reserve
+        os.pwrite(descriptor, first, 0)
+        for e in shard:
+            self.entries[e.name] = Entry(
+                e.name, file, e.dtype, e.shape, len(first) + e.start, len(first) + e.stop
+            )
+
+    def write(self, name: str, first: int, data: Numbers) -> None:
+        """Write entries `first` ... of a tensor."""
+        entry = self.entries[name]
+        write_at(self._open[entry.file], data, entry.start + ITEMSIZE[entry.dtype] * first)
+
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        for descriptor in self._open.values():
+            os.fsync(descriptor)
+            os.close(descriptor)
+        self._open = {}
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` if the block ends well, and vanishes if not.
+
+    Raises:
+        MergeError: `out` exists and is not an empty folder, or its parent cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MergeError(f"{out} exists already; nothing is overwritten. Give another folder.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for stale in out.parent.glob(f".{out.name}.partial-*"):
+            with _held(stale, out):  # else of a merge that was killed
+                shutil.rmtree(stale)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise MergeError(f"cannot write beside {out}: {error.strerror}") from error
+    with _held(partial, out):
+        try:
+            partial.chmod(0o755)
+            yield partial
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
+            _sync(out.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _held(folder: Path, out: Path) -> Iterator[None]:
+    """Lock a folder.
+
+    Raises:
+        MergeError: another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise MergeError(
+            f"{out} is being written by another merge; wait for it or give another"
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what lies beside the weights (config, tokenizer, ...), but no weights and no folders."""
+    if source.is_dir():
+        for file in sorted(source.iterdir()):
+            if file.is_file() and not file.name.endswith(WEIGHTS) and not file.name.startswith("."):
+                shutil.copyfile(file, target / file.name)
