@@ -34,43 +34,28 @@ def magnitudes(x: Floats) -> Patterns:
     return x.view(np.uint32) & MAGNITUDE
 
 
-def changes(rows: Numbers, base: Numbers, out: Floats) -> None:
-    """Out = rows - base."""
+def upper_histogram(rows: Numbers, base: Numbers, counts: Counts) -> None:
+    """Add to counts (K, 32768) how many changes have which upper 15 bits of their magnitude."""
     for k, row in enumerate(rows):
-        out[k] = _change(row, base)
+        upper = magnitudes(_change(row, base)) >> np.uint32(16)
+        counts[k] += np.bincount(upper, minlength=1 << 15)
 
 
-def gather(
-    rows: Numbers,
-    base: Numbers,
-    low: Patterns,
-    high: Patterns,
-    kept: Patterns,
-    filled: Counts,
-    above: Counts,
-) -> None:
-    """Collect the magnitudes between two bounds, and count those above."""
-    capacity = kept.shape[1]
+def lower_histogram(rows: Numbers, base: Numbers, upper: Patterns, counts: Counts) -> None:
+    """Add to counts (K, 65536) the lower 16 bits of magnitudes whose upper bits are upper (K,)."""
     for k, row in enumerate(rows):
         bits = magnitudes(_change(row, base))
-        above[k] += np.count_nonzero(bits > high[k])
-        found = bits[(bits >= low[k]) & (bits <= high[k])]
-        stop = filled[k] + len(found)
-        if stop > capacity:
-            filled[k] = capacity + 1
-        else:
-            kept[k, filled[k] : stop] = found
-            filled[k] = stop
+        lower = bits[bits >> np.uint32(16) == upper[k]] & np.uint32(0xFFFF)
+        counts[k] += np.bincount(lower, minlength=1 << 16)
 
 
-def histogram(rows: Numbers, base: Numbers, upper: Counts, counts: NDArray[np.int64]) -> None:
-    """Count magnitudes by their upper 15 bits, or by their lower 16 among those with given upper bits."""
-    for k, row in enumerate(rows):
-        bits = magnitudes(_change(row, base))
-        part = bits >> np.uint32(16)
-        if upper[k] >= 0:
-            part = bits[part == upper[k]] & np.uint32(0xFFFF)
-        counts[k] += np.bincount(part, minlength=65536)
+def descend(counts: Counts, rank: int) -> tuple[int, int, int]:
+    """Find the entry of a rank in a histogram: (its bin, its rank inside the bin, the bin's count)."""
+    larger = np.cumsum(counts[::-1])
+    place = int(np.searchsorted(larger, rank))
+    before = int(larger[place - 1]) if place else 0
+    chosen = len(counts) - 1 - place
+    return chosen, rank - before, int(counts[chosen])
 
 
 def _trim(x: Floats, cut: np.uint32, quota: int) -> tuple[Floats, int]:

@@ -192,22 +192,6 @@ class FileRows:
             self._read(first, rows, base)
             yield rows, base
 
-    def sample(self) -> Floats:
-        """Runs of neighbours, evenly spaced; the more, the larger the tensor."""
-        if self.size <= self._chunk:
-            for rows, base in self.chunks():
-                return Rows(rows, base).sample()
-        run = 256
-        runs = max(256, min(1024, self.size // (1 << 16)))
-        found = np.empty((self.count, runs, run), np.float32)
-        rows, base = self._buffers(run)
-        for i, first in enumerate(np.linspace(0, self.size - run, runs).astype(np.int64)):
-            self._read(int(first), rows, base)
-            known = arrays.widen(base)
-            for k, row in enumerate(rows):
-                found[k, i] = arrays.widen(row) - known if known.size else arrays.widen(row)
-        return found.reshape(self.count, -1)
-
 
 def _merge_into(
     name: str,

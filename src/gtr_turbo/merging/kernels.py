@@ -53,72 +53,8 @@ def _survey(bits, count, largest):
 
 
 @kernel
-def changes(rows, base, out):
-    """Out (K, n) float32 = rows (K, n) - base (n,)."""
-    number, size = rows.shape
-    wide = np.empty(BLOCK, np.float32)
-    wide_bits = wide.view(np.uint32)
-    for start in range(0, size, BLOCK):
-        count = min(BLOCK, size - start)
-        if base.size:
-            _widen(base[start : start + count], wide, wide_bits)
-        known = wide[: min(count, base.size)]
-        for k in range(number):
-            x = out[k, start : start + count]
-            _change(rows[k, start : start + count], known, x, x.view(np.uint32))
-
-
-@kernel
-def gather(rows, base, low, high, kept, filled, above):
-    """Collect the magnitudes between two bounds, and count those above.
-
-    Args:
-        rows: (K, n).
-        base: (n,) or (0,).
-        low: (K,) uint32, the smallest pattern to collect.
-        high: (K,) uint32, the largest.
-        kept: (K, capacity) uint32, takes the patterns.
-        filled: (K,) int64, how many are in it; capacity + 1 once it is too small.
-        above: (K,) int64, counts the patterns above `high`.
-    """
-    number, size = rows.shape
-    capacity = kept.shape[1]
-    wide = np.empty(BLOCK, np.float32)
-    wide_bits = wide.view(np.uint32)
-    x = np.empty(BLOCK, np.float32)
-    bits = x.view(np.uint32)
-    for start in range(0, size, BLOCK):
-        count = min(BLOCK, size - start)
-        if base.size:
-            _widen(base[start : start + count], wide, wide_bits)
-        known = wide[: min(count, base.size)]
-        for k in range(number):
-            _change(rows[k, start : start + count], known, x, bits)
-            more = 0
-            for i in range(count):
-                bits[i] &= MAGNITUDE
-                more += bits[i] > high[k]
-            above[k] += more
-            first, width, into, row = low[k], np.uint32(high[k] - low[k]), filled[k], kept[k]
-            if into + count > capacity:
-                filled[k] = capacity + 1
-                continue
-            for i in range(count):
-                row[into] = bits[i]
-                into += np.uint32(bits[i] - first) <= width
-            filled[k] = into
-
-
-@kernel
-def histogram(rows, base, upper, counts):
-    """Count magnitudes by their upper 15 bits, or by their lower 16 among those with given upper bits.
-
-    Args:
-        rows: (K, n).
-        base: (n,) or (0,).
-        upper: (K,) int64, -1 for the first kind, else the upper bits asked for.
-        counts: (K, 65536) int64, is added to.
-    """
+def upper_histogram(rows, base, counts):
+    """Add to counts (K, 32768) int64 how many changes have which upper 15 bits of their magnitude."""
     number, size = rows.shape
     wide = np.empty(BLOCK, np.float32)
     wide_bits = wide.view(np.uint32)
@@ -131,15 +67,44 @@ def histogram(rows, base, upper, counts):
         known = wide[: min(count, base.size)]
         for k in range(number):
             _change(rows[k, start : start + count], known, x, bits)
-            if upper[k] < 0:
-                for i in range(count):
-                    counts[k, (bits[i] & MAGNITUDE) >> np.uint32(16)] += 1
-            else:
-                asked = np.uint32(upper[k])
-                for i in range(count):
-                    pattern = bits[i] & MAGNITUDE
-                    if (pattern >> np.uint32(16)) == asked:
-                        counts[k, pattern & np.uint32(0xFFFF)] += 1
+            into = counts[k]
+            for i in range(count):
+                into[(bits[i] >> np.uint32(16)) & np.uint32(0x7FFF)] += 1
+
+
+@kernel
+def lower_histogram(rows, base, upper, counts):
+    """Add to counts (K, 65536) int64 the lower 16 bits of magnitudes whose upper bits are upper (K,)."""
+    number, size = rows.shape
+    wide = np.empty(BLOCK, np.float32)
+    wide_bits = wide.view(np.uint32)
+    x = np.empty(BLOCK, np.float32)
+    bits = x.view(np.uint32)
+    for start in range(0, size, BLOCK):
+        count = min(BLOCK, size - start)
+        if base.size:
+            _widen(base[start : start + count], wide, wide_bits)
+        known = wide[: min(count, base.size)]
+        for k in range(number):
+            _change(rows[k, start : start + count], known, x, bits)
+            into, asked = counts[k], upper[k]
+            for i in range(count):
+                if ((bits[i] >> np.uint32(16)) & np.uint32(0x7FFF)) == asked:
+                    into[bits[i] & np.uint32(0xFFFF)] += 1
+
+
+@kernel
+def descend(counts, rank):
+    """Find the entry of a rank, the largest is 1, in a histogram.
+
+    Returns:
+        (its bin, its rank inside the bin, the bin's count).
+    """
+    place = counts.size - 1
+    while place > 0 and rank > counts[place]:
+        rank -= counts[place]
+        place -= 1
+    return place, rank, counts[place]
 
 
 @kernel

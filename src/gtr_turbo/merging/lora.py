@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gtr_turbo.merging.arrays import Floats, Numbers, widen
 from gtr_turbo.merging.methods import Recipe
@@ -201,7 +200,7 @@ class Product:
         self._step = max(1, chunk // max(1, self._columns))
         self._kept: tuple[Numbers, Numbers] | None = None
 
-    def _block(self, rows: slice | NDArray[np.int64]) -> Floats:
+    def _block(self, rows: slice) -> Floats:
         made = [
             np.float32(scale) * (b[rows] @ a)
             for scale, (a, b) in zip(self._scales, self._factors, strict=True)
@@ -219,11 +218,6 @@ class Product:
             if self._step >= self._rows:
                 self._kept = block
             yield block
-
-    def sample(self) -> Floats:
-        """Some rows, evenly spaced."""
-        count = min(self._rows, max(1, (1 << 16) // max(1, self._columns)))
-        return self._block(np.linspace(0, self._rows - 1, count).astype(np.int64))
 
 
 def low_rank(

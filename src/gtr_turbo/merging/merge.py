@@ -31,7 +31,7 @@ from gtr_turbo.merging.shards import (
     copy_companions,
     new_folder,
 )
-from gtr_turbo.merging.trim import CAPACITY, Cut, backend
+from gtr_turbo.merging.trim import Cut, backend
 
 MANIFEST = "merged-from.json"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -311,8 +311,8 @@ def _run(
 
 
 def _memory(jobs: Sequence[Job], count: int, threads: int, *, whole: bool) -> int:
-    """What a merge allocates at most: chunks and brackets of each thread; whole modules of a low-rank form."""
-    most = threads * 4 * (CHUNK * (count + 3) + CAPACITY)
+    """What a merge allocates at most: chunks and histograms of each thread; whole modules of a low-rank form."""
+    most = threads * (4 * CHUNK * (count + 3) + 8 * count * (1 << 16))
     if whole:
         most += threads * 4 * (count + 4) * max(job.size for job in jobs)
     return most

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from gtr_turbo.merging import arrays
 from gtr_turbo.merging.arrays import Floats, Numbers
-from gtr_turbo.merging.trim import Cut, find_cuts, keep_count, stride
+from gtr_turbo.merging.trim import Cut, find_cuts, keep_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +129,6 @@ class Source(Protocol):
         """Yield (rows (K, n), base (n,) or (0,)); a chunk is valid until the next."""
         ...
 
-    def sample(self) -> Floats | None:
-        """(K, m) float32 changes spread over the tensor."""
-        ...
-
 
 @dataclass
 class Tally:
@@ -159,7 +155,6 @@ def find_tensor_cuts(source: Source, density: float, kernels: ModuleType) -> lis
         source.count,
         source.size,
         keep_count(source.size, density),
-        sample=None if source.exact16 else source.sample(),
         exact16=source.exact16,
         kernels=kernels,
     )
@@ -285,10 +280,3 @@ class Rows:
         """Slices."""
         for at in range(0, self.size, self.chunk):
             yield self.rows[:, at : at + self.chunk], self.base[at : at + self.chunk]
-
-    def sample(self) -> Floats:
-        """Every n-th entry."""
-        step = stride(self.size)
-        base = arrays.widen(self.base[::step])
-        rows = [arrays.widen(row[::step]) for row in self.rows]
-        return np.stack([row - base if base.size else row for row in rows])
