@@ -9,7 +9,7 @@ import yaml
 from gtr_turbo import cli
 from gtr_turbo.checkpoint import folders
 from gtr_turbo.cli import main
-from gtr_turbo.config import ConfigError, SFTConfig, TrainConfig
+from gtr_turbo.config import ConfigError, TrainConfig
 from gtr_turbo.settings import (
     SFT_CONFIGS,
     build_config,
@@ -18,6 +18,7 @@ from gtr_turbo.settings import (
     dump_config,
     read_config,
 )
+from gtr_turbo.sft_config import SFTConfig
 from gtr_turbo.terminal import TerminalView
 from tiny import scripted
 

@@ -20,6 +20,7 @@ LAYERS = (
     ("policy", "envs"),
     ("learning.advantages",),
     ("turns", "prompts", "parsing", "learning.losses", "merging"),
+    ("sft_config",),
     ("config",),
 )
 """The order, from the top. An entry is a module, or a package with all that is in it."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gtr_turbo import __version__
-from gtr_turbo.config import ConfigError, EnvConfig, SFTConfig, TrainConfig
+from gtr_turbo.config import ConfigError, EnvConfig, TrainConfig
 from gtr_turbo.settings import (
     SFT_CONFIGS,
     build_config,
@@ -25,6 +25,7 @@ from gtr_turbo.settings import (
     read_config,
     read_overrides,
 )
+from gtr_turbo.sft_config import SFTConfig
 
 if TYPE_CHECKING:
     from gtr_turbo.policy.model import Policy

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gtr_turbo.config import ConfigError, DemonstrationConfig, SFTConfig
+from gtr_turbo.config import ConfigError
 from gtr_turbo.envs import make_env
 from gtr_turbo.envs.contract import attribute
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.model import DTYPES, Policy
 from gtr_turbo.policy.scoring import score
+from gtr_turbo.sft_config import DemonstrationConfig, SFTConfig
 from gtr_turbo.turns.batch import make_inputs
 from gtr_turbo.turns.turn import Observed
 

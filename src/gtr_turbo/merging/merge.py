@@ -21,16 +21,12 @@ import numpy as np
 
 from gtr_turbo import __version__
 from gtr_turbo.merging import lora
-from gtr_turbo.merging.jobs import CHUNK, THRESHOLDS, Context, Job, full_jobs, lora_jobs
+from gtr_turbo.merging.jobs import CHUNK, Context, Job, full_jobs
+from gtr_turbo.merging.lora_jobs import lora_jobs
 from gtr_turbo.merging.methods import METHODS, Recipe, ema, sma
-from gtr_turbo.merging.shards import (
-    ITEMSIZE,
-    Checkpoint,
-    MergeError,
-    Writer,
-    copy_companions,
-    new_folder,
-)
+from gtr_turbo.merging.output import Writer, copy_companions, new_folder
+from gtr_turbo.merging.shards import ITEMSIZE, Checkpoint, MergeError
+from gtr_turbo.merging.thresholds import load_thresholds, save_thresholds
 from gtr_turbo.merging.trim import Cut, backend
 
 MANIFEST = "merged-from.json"
@@ -155,7 +151,7 @@ def merge(
         prepared = _prepare(stack, paths, base, recipe, form, rank, max_lost, wanted, lam)
         known: list[dict[str, Cut] | None] = [None] * len(paths)
         if recipe.row.thin == "trim" and prepared.kind == "full" and prepared.base is not None:
-            known = [_load_thresholds(c, prepared.base, recipe.density) for c in prepared.opened]
+            known = [load_thresholds(c, prepared.base, recipe.density) for c in prepared.opened]
         layout = [(job.name, job.dtype, job.shape) for job in prepared.jobs]
         plan = Plan(
             kind=prepared.kind,
@@ -198,7 +194,8 @@ def merge(
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             writer.close()
         if keep_thresholds and any("cuts" in lines for lines in tensors.values()):
-            _save_thresholds(prepared, recipe.density, tensors)
+            assert prepared.base is not None
+            save_thresholds(prepared.opened, prepared.base, recipe.density, tensors)
     return Report(plan=plan, manifest=manifest, seconds=time.monotonic() - began)
 
 
@@ -370,52 +367,3 @@ def _warnings(density: float, tensors: dict[str, dict[str, Any]]) -> list[str]:
             "equal the threshold: which of them are kept is decided by their index. Coarse number formats do this"
         )
     return found
-
-
-def _save_thresholds(
-    prepared: _Prepared, density: float, tensors: dict[str, dict[str, Any]]
-) -> None:
-    assert prepared.base is not None
-    base = prepared.base.fingerprint()
-    for k, checkpoint in enumerate(prepared.opened):
-        text = json.dumps(
-            {
-                "density": density,
-                "base": base,
-                "checkpoint": checkpoint.fingerprint(),
-                "cuts": {name: lines["cuts"][k] for name, lines in tensors.items()},
-            }
-        )
-        where = _thresholds_file(checkpoint)
-        part = where.with_name(where.name + ".part")
-        part.write_text(text + "\n")
-        part.replace(where)
-
-
-def _thresholds_file(checkpoint: Checkpoint) -> Path:
-    path = checkpoint.path
-    return path / THRESHOLDS if path.is_dir() else path.with_suffix(f".{THRESHOLDS}")
-
-
-def _load_thresholds(
-    checkpoint: Checkpoint, base: Checkpoint, density: float
-) -> dict[str, Cut] | None:
-    """Thresholds kept beside a checkpoint, if they are of these files and this density.
-
-    They are checked again entry by entry while merging (`Tally.exact`).
-
-    Raises:
-        MergeError: the file is damaged.
-    """
-    file = _thresholds_file(checkpoint)
-    if not file.exists():
-        return None
-    try:
-        kept = json.loads(file.read_text())
-        cuts = {name: Cut(*(int(n) for n in numbers)) for name, numbers in kept["cuts"].items()}
-        of = (kept["density"], kept["base"], kept["checkpoint"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MergeError(f"{file} cannot be read ({error}); delete it and merge again") from error
-    if of != (density, base.fingerprint(), checkpoint.fingerprint()):
-        return None
-    return cuts if set(cuts) == set(checkpoint.entries) else None

@@ -1,22 +1,16 @@
-"""Checkpoints as files: safetensors read and written in pieces, without loading a tensor.
+"""Checkpoints as files: safetensors read in pieces, without loading a tensor.
 
 A checkpoint is a `.safetensors` file, or a folder with one, or a folder with shards and their index, as
 `transformers` and `peft` write them. Reading is by position, so several threads share a file, and a short
-file is an error and not a crash. Writing knows every offset in advance: the header goes first, and
-workers fill in the rest in any order, in a temporary folder that takes its place when it is complete.
+file is an error and not a crash.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -29,7 +23,6 @@ from gtr_turbo.merging.arrays import Numbers
 MAX_HEADER = 100 << 20
 INDEX = ".safetensors.index.json"
 ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", INDEX)
 
 
 class MergeError(ValueError):
@@ -246,169 +239,3 @@ def _entry(name: str, file: Path, value: Mapping[str, Any], origin: int) -> Entr
     first, last = value["data_offsets"]
     shape = tuple(int(n) for n in value["shape"])
     return Entry(name, file, str(value["dtype"]), shape, origin + int(first), origin + int(last))
-
-
-def write_at(descriptor: int, data: Numbers, at: int) -> None:
-    """Write all of `data` at a position."""
-    view = memoryview(np.ascontiguousarray(data).data).cast("B")
-    while len(view):
-        count = os.pwrite(descriptor, view, at)
-        view, at = view[count:], at + count
-
-
-@dataclass
-class Writer:
-    """Safetensors files of which every offset is known in advance.
-
-    Attributes:
-        entries: where each tensor goes.
-    """
-
-    folder: Path
-    entries: dict[str, Entry]
-    _open: dict[Path, int]
-
-    @classmethod
-    def create(
-        cls,
-        folder: Path,
-        layout: Iterable[tuple[str, str, tuple[int, ...]]],
-        *,
-        stem: str = "model",
-        shard_bytes: int = 5 << 30,
-    ) -> Self:
-        """Write headers, and the index if there is more than one file, and reserve the space.
-
-        Args:
-            folder: exists.
-            layout: (name, dtype, shape) of every tensor, in order.
-            stem: of the file names.
-            shard_bytes: largest file, unless one tensor is larger.
-
-        Raises:
-            OSError: the disk has not enough space.
-        """
-        shards: list[list[Entry]] = [[]]
-        used = 0
-        for name, dtype, shape in layout:
-            width = int(np.prod(shape, dtype=np.int64)) * ITEMSIZE[dtype]
-            if used and used + width > shard_bytes:
-                shards.append([])
-                used = 0
-            shards[-1].append(Entry(name, folder, dtype, shape, used, used + width))
-            used += width
-        self = cls(folder, {}, {})
-        for number, shard in enumerate(shards, 1):
-            many = len(shards) > 1
-            suffix = f"-{number:05}-of-{len(shards):05}" if many else ""
-            self._begin(folder / f"{stem}{suffix}.safetensors", shard)
-        if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(e.stop - e.start for s in shards for e in s)},
-                "weight_map": {name: entry.file.name for name, entry in self.entries.items()},
-            }
-            (folder / f"{stem}{INDEX}").write_text(json.dumps(index, indent=2) + "\n")
-        return self
-
-    def _begin(self, file: Path, shard: list[Entry]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        for e in shard:
-            header[e.name] = {
-                "dtype": e.dtype,
-                "shape": list(e.shape),
-                "data_offsets": [e.start, e.stop],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        first = len(text).to_bytes(8, "little") + text
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        self._open[file] = descriptor
-        end = len(first) + (shard[-1].stop if shard else 0)
-        try:
-            os.posix_fallocate(descriptor, 0, end)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise OSError(
-                    errno.ENOSPC, f"the disk has no room for {end} bytes", str(file)
-                ) from error
-            os.ftruncate(descriptor, end)  # a file system that cannot reserve
-        os.pwrite(descriptor, first, 0)
-        for e in shard:
-            self.entries[e.name] = Entry(
-                e.name, file, e.dtype, e.shape, len(first) + e.start, len(first) + e.stop
-            )
-
-    def write(self, name: str, first: int, data: Numbers) -> None:
-        """Write entries `first` ... of a tensor."""
-        entry = self.entries[name]
-        write_at(self._open[entry.file], data, entry.start + ITEMSIZE[entry.dtype] * first)
-
-    def close(self) -> None:
-        """Flush to the disk and close."""
-        for descriptor in self._open.values():
-            os.fsync(descriptor)
-            os.close(descriptor)
-        self._open = {}
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` if the block ends well, and vanishes if not.
-
-    Raises:
-        MergeError: `out` exists and is not an empty folder, or its parent cannot be written.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MergeError(f"{out} exists already; nothing is overwritten. Give another folder.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.glob(f".{out.name}.partial-*"):
-            with _held(stale, out):  # else of a merge that was killed
-                shutil.rmtree(stale)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise MergeError(f"cannot write beside {out}: {error.strerror}") from error
-    with _held(partial, out):
-        try:
-            partial.chmod(0o755)
-            yield partial
-            if out.exists():
-                out.rmdir()
-            partial.rename(out)
-            _sync(out.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-@contextmanager
-def _held(folder: Path, out: Path) -> Iterator[None]:
-    """Lock a folder.
-
-    Raises:
-        MergeError: another process holds it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise MergeError(
-            f"{out} is being written by another merge; wait for it or give another"
-        ) from error
-    finally:
-        os.close(descriptor)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy what lies beside the weights (config, tokenizer, ...), but no weights and no folders."""
-    if source.is_dir():
-        for file in sorted(source.iterdir()):
-            if file.is_file() and not file.name.endswith(WEIGHTS) and not file.name.startswith("."):
-                shutil.copyfile(file, target / file.name)

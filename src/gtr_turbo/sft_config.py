@@ -1,0 +1,70 @@
+"""Settings of `gtr-turbo sft`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gtr_turbo.config import ConfigError, ModelConfig, _fraction, _not_negative, _positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemonstrationConfig:
+    """Demonstrations of one environment for `gtr-turbo sft`."""
+
+    _prefix = "demonstrations."
+
+    id: str = "EZPoints"
+    """Environment."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Its keyword arguments."""
+    turns: int = 4096
+    """Different turns to demonstrate."""
+    noise: float = 0.0
+    """Chance that the demonstrated action is replaced by a random legal one; thoughts stay right."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "turns")
+        _fraction(self, "noise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """Supervised fine-tuning on demonstrations of the environments' own experts."""
+
+    _prefix = ""
+
+    out: str | None = None
+    """Folder to write the model to."""
+    architecture: Literal["qwen3-vl", "qwen2.5-vl"] | None = None
+    """Begin with a tiny model of random weights instead of `model.path`."""
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(vision="trained"))
+    demonstrations: list[DemonstrationConfig] = field(
+        default_factory=lambda: [DemonstrationConfig()]
+    )
+    """What is learned."""
+    vision_steps: int = 0
+    """First train the vision tower alone for so many steps, with a throw-away head that names what the
+    frame shows. A tiny model with random weights does not learn to see without it."""
+    steps: int = 500
+    """Optimizer steps."""
+    batch_turns: int = 64
+    """Turns per optimizer step."""
+    lr: float = 2e-3
+    """Peak learning rate; linear warm-up, then linear decay to 0."""
+    warmup_steps: int = 50
+    """Steps of the warm-up."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay."""
+    seed: int = 0
+    """Seed of weights, demonstrations and order."""
+    threads: int = 1
+    """CPU threads of torch."""
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the written weights."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps", "batch_turns", "lr", "threads")
+        _not_negative(self, "vision_steps", "warmup_steps", "weight_decay", "seed")
+        if not self.demonstrations:
+            raise ConfigError("demonstrations is empty; name at least one environment")
