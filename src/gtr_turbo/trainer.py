@@ -120,13 +120,13 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
             "env_steps": (iteration + 1) * config.turns_per_update,
             **rollout_metrics(turns),
             **stats,
-            **_teacher_metrics(policy, batch, config, age),
+            **_teacher_metrics(policy, batch, history, config, age),
             **clock.seconds,
             "system/peak_rss_mb": peak_rss_mb(),
             "system/seconds": time.monotonic() - began,
         }
         _log(row, writers)
-        trajectories.write(iteration + 1, turns, _per_turn(batch))
+        trajectories.write(iteration + 1, turns, _per_turn(batch, policy, config.save.trajectories))
         view.updated(row)
         if (iteration + 1) % config.save.interval == 0 or iteration + 1 == config.num_updates:
             saved = {
@@ -181,12 +181,13 @@ def _writers(config: TrainConfig, run: Path, start: int) -> list[Writer]:
 
 
 def _teacher_metrics(
-    policy: Policy, batch: Batch, config: TrainConfig, age: int
+    policy: Policy, batch: Batch, history: History, config: TrainConfig, age: int
 ) -> dict[str, float]:
     """The `teacher` group."""
     square = sum(float((delta**2).sum()) for _, delta in policy.deltas())
     metrics = {"teacher/age": float(age), "teacher/student_distance": square**0.5}
     metrics["teacher/distance"] = policy.teacher_distance()
+    metrics["teacher/zero_fraction"] = history.zero_fraction
     if batch.kl_tokens is not None:
         metrics["teacher/kl"] = float(batch.kl_tokens.sum() / batch.thought_mask.sum().clamp(min=1))
     if batch.kl_tokens is not None and config.guidance.kind != "none":
@@ -194,11 +195,20 @@ def _teacher_metrics(
     return metrics
 
 
-def _per_turn(batch: Batch) -> dict[str, list[Any]]:
+def _per_turn(batch: Batch, policy: Policy, envs: int) -> dict[str, list[Any]]:
+    """What trajectories hold beside the turns; the text of the tokens for the first `envs` environments."""
     assert batch.advantages is not None
     advantages = batch.advantages
     columns: dict[str, list[Any]] = {
-        "advantage": (advantages if advantages.ndim == 1 else advantages.mean(1)).tolist()
+        "advantage": (advantages if advantages.ndim == 1 else advantages.mean(1)).tolist(),
+        "tokens": [
+            [policy.processor.decode([token]) for token in row[mask].tolist()]
+            if number % batch.shape[1] < envs
+            else []
+            for number, (row, mask) in enumerate(
+                zip(batch.inputs.response_ids, batch.inputs.response_mask, strict=True)
+            )
+        ],
     }
     if batch.kl_tokens is not None:
         counts = batch.thought_mask.sum(1).tolist()

@@ -20,11 +20,13 @@ class History:
 
     Attributes:
         count: checkpoints added so far.
+        zero_fraction: of the newest checkpoint's entries, how many are exactly as they were at the start.
     """
 
     def __init__(self, config: TeacherConfig) -> None:
         self.config = config
         self.count = 0
+        self.zero_fraction = 0.0
         self._ties: dict[str, RunningTies] = {}
         self._mean: dict[str, Tensor] = {}
 
@@ -40,7 +42,10 @@ class History:
         """
         ema = self.config.weights == "ema"
         alpha = self.config.alpha if ema and self.count else 1.0
+        zeros = size = 0
         for name, delta in deltas:
+            zeros += delta.numel() - int(delta.count_nonzero())
+            size += delta.numel()
             if self.config.method == "ties":
                 running = self._ties.setdefault(name, RunningTies(delta))
                 if ema and self.count:
@@ -52,6 +57,7 @@ class History:
             else:
                 self._mean[name] = delta.clone()
         self.count += 1
+        self.zero_fraction = zeros / max(1, size)
 
     def merge(self) -> dict[str, Tensor]:
         """The merged change of every tensor.
