@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from gtr_turbo.config import TeacherConfig
-from gtr_turbo.merging.methods import ema, linear, sma, ties
+from gtr_turbo.merging.methods import Recipe, ema, sma
+from gtr_turbo.merging.tensors import merge_tensors
 from gtr_turbo.teacher.history import History
 
 KINDS = [
@@ -83,14 +84,16 @@ def test_ema_weighs_the_newest_by_alpha():
     assert history.merge()["w"].tolist() == [4.0]
 
 
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_history_is_the_merge_of_all_checkpoints(kind):
+def test_the_history_is_the_merge_of_all_checkpoints(kind, alpha):
     deltas = checkpoints(9)
-    merged = remember(History(TeacherConfig(**kind)), deltas).merge()
-    method = {"ties": ties, "linear": linear}[kind["method"]]
-    weights = sma(9) if kind["weights"] == "sma" else ema(9, 0.5)
+    merged = remember(History(TeacherConfig(**kind, alpha=alpha)), deltas).merge()
+    weights = sma(9) if kind["weights"] == "sma" else ema(9, alpha)
+    density = {"ties": 0.8, "linear": 1.0}[kind["method"]]
+    recipe = Recipe(method=kind["method"], weights=tuple(weights), density=density)
     for name, tensor in merged.items():
-        exact = method([delta[name] for delta in deltas], weights, density=0.8)
+        exact = merge_tensors([delta[name] for delta in deltas], recipe)
         assert torch.allclose(tensor, exact, atol=1e-6)
         if kind == {"method": "ties", "weights": "sma"}:
             assert torch.equal(tensor, exact)
@@ -144,3 +147,31 @@ def test_what_is_kept_does_not_grow_with_the_history(method, sums):
 def test_nothing_cannot_be_merged():
     with pytest.raises(RuntimeError, match="no checkpoint was added"):
         History(TeacherConfig()).merge()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_restored_history_can_be_added_to_without_touching_what_was_saved(kind):
+    deltas = checkpoints(5)
+    saved = remember(History(TeacherConfig(**kind)), deltas[:4]).state()
+    kept = {name: tensor.clone() for name, tensor in saved.items()}
+    restored = History(TeacherConfig(**kind))
+    restored.load_state(saved)
+    remember(restored, deltas[4:])
+    assert equal(saved, kept)
+
+
+@pytest.mark.parametrize("method", ["ties", "linear"])
+def test_the_share_of_unmoved_entries_is_that_of_the_newest_checkpoint(method):
+    history = History(TeacherConfig(method=method))
+    assert history.zero_fraction == 0.0
+    history.add([("a", torch.zeros(3)), ("b", torch.zeros(2, 2))])
+    assert history.zero_fraction == 1.0
+    history.add([("a", torch.tensor([0.0, -0.0, 1e-45])), ("b", torch.ones(2, 2))])
+    assert history.zero_fraction == pytest.approx(2 / 7)
+    history.add([("a", torch.ones(3)), ("b", torch.ones(2, 2))])
+    assert history.zero_fraction == 0.0
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused():
+    with pytest.raises(FloatingPointError, match="not finite"):
+        History(TeacherConfig()).add([("w", torch.tensor([1.0, float("nan")]))])

@@ -166,7 +166,9 @@ def finish(change: Floats, base: Numbers, factor: np.float32, out: Numbers) -> n
         x = widen(base) + x
     if out.dtype == np.uint16:
         bits = x.view(np.uint32)
-        bits = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+        up = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        number = (bits & MAGNITUDE) <= INFINITE
+        bits = np.where(number, bits + up, bits | np.uint32(0x400000))
         out[:] = bits >> np.uint32(16)
         x = (bits & np.uint32(0xFFFF0000)).view(np.float32)
     else:

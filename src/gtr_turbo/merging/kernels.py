@@ -41,15 +41,16 @@ def _change(row, base, x, bits):
 
 
 @kernel
-def _survey(bits, count, largest):
-    """(how many are zero, the largest magnitude and `largest`)."""
-    zeros = 0
-    for i in range(count):
-        zeros += (bits[i] & MAGNITUDE) == 0
+def _survey(bits, count, cut, largest):
+    """(how many magnitudes are zero, equal to `cut`, larger; the largest of them and `largest`)."""
+    zeros = equal = larger = np.uint32(0)
     for i in range(count):
         pattern = np.uint32(bits[i] & MAGNITUDE)
+        zeros = np.uint32(zeros + np.uint32(pattern == 0))
+        equal = np.uint32(equal + np.uint32(pattern == cut))
+        larger = np.uint32(larger + np.uint32(pattern > cut))
         largest = pattern if pattern > largest else largest
-    return zeros, largest
+    return np.int64(zeros), np.int64(equal), np.int64(larger), largest
 
 
 @kernel
@@ -108,22 +109,24 @@ def descend(counts, rank):
 
 
 @kernel
-def _trim(x, bits, count, cut, quota):
+def _trim(bits, count, cut, equal, quota):
     """Zero the entries of a block below `cut`, and those equal to it when `quota` is used up.
 
+    Args:
+        bits: (n,) uint32 of a block.
+        count: entries of the block.
+        cut: pattern.
+        equal: how many are equal to it.
+        quota: how many of these may be kept.
+
     Returns:
-        (what is left of `quota`, how many entries are larger than the cut).
+        what is left of `quota`.
     """
-    equal, larger = 0, 0
-    for i in range(count):
-        equal += np.uint32(bits[i] & MAGNITUDE) == cut
-    for i in range(count):
-        larger += np.uint32(bits[i] & MAGNITUDE) > cut
     limit = cut
     if equal <= quota:
         quota -= equal
     elif quota == 0:
-        limit = cut + np.uint32(1)
+        limit = np.uint32(cut + np.uint32(1))
     else:
         for i in range(count):
             if (bits[i] & MAGNITUDE) == cut:
@@ -133,7 +136,7 @@ def _trim(x, bits, count, cut, quota):
                     bits[i] = np.uint32(0)
     for i in range(count):
         bits[i] = bits[i] if np.uint32(bits[i] & MAGNITUDE) >= limit else np.uint32(0)
-    return quota, larger
+    return quota
 
 
 @kernel
@@ -231,10 +234,11 @@ def combine(  # noqa: C901 - one fused pass
         known = wide[: min(count, base.size)]
         for k in range(number):
             _change(rows[k, start : start + count], known, x, bits)
-            none, largest[k] = _survey(bits, count, largest[k])
+            cut = cuts[k] if cuts.size else np.uint32(0)
+            none, equal, more, largest[k] = _survey(bits, count, cut, largest[k])
             zeros[k] += none
             if cuts.size:
-                quotas[k], more = _trim(x, bits, count, cuts[k], quotas[k])
+                quotas[k] = _trim(bits, count, cut, equal, quotas[k])
                 larger[k] += more
             if keys.size:
                 _drop(x, count, keys[k], at + start, bound, scale)
@@ -275,9 +279,9 @@ def accumulate(change, cut, quota, weight, positive, negative, positive_w, negat
     for start in range(0, size, BLOCK):
         count = min(BLOCK, size - start)
         _widen(change[start : start + count], x, bits)
-        zeros, most = _survey(bits, count, most)
+        zeros, equal, _, most = _survey(bits, count, cut, most)
         none += zeros
-        quota, _ = _trim(x, bits, count, cut, quota)
+        quota = _trim(bits, count, cut, equal, quota)
         _vote(
             x,
             count,
@@ -341,11 +345,15 @@ def finish(change, base, factor, out):
                 x[i] = wide[i] + x[i]
         if out.itemsize == 2:
             for i in range(count):
-                bits[i] += np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))
-                bits[i] &= np.uint32(0xFFFF0000)
+                pattern = bits[i]
+                up = np.uint32(0x7FFF) + ((pattern >> np.uint32(16)) & np.uint32(1))
+                number = np.uint32(pattern & MAGNITUDE) <= np.uint32(0x7F800000)
+                pattern = np.uint32(pattern + up) if number else pattern | np.uint32(0x400000)
+                bits[i] = pattern & np.uint32(0xFFFF0000)
+            for i in range(count):
                 rounded[i] = bits[i] >> np.uint32(16)
         else:
             for i in range(count):
                 rounded[i] = x[i]
-        most = _survey(bits, count, most)[1]
+        most = _survey(bits, count, np.uint32(0), most)[3]
     return most

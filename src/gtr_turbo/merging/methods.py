@@ -217,11 +217,10 @@ def merge_chunks(
         at += len(merged)
     tally.finite = bool((tally.largest < arrays.INFINITE).all())
     if cuts and tally.finite:
-        needed = np.array([cut.need for cut in cuts])
+        keep = keep_count(source.size, recipe.density)
+        kept = larger + np.array([cut.need for cut in cuts]) - quotas
         # what was kept is what a full sort would keep, whoever found the threshold
-        tally.exact = not quotas.any() and bool(
-            (larger + needed == keep_count(source.size, recipe.density)).all()
-        )
+        tally.exact = bool((kept == keep).all()) and (keep == source.size or not quotas.any())
     return tally
 
 

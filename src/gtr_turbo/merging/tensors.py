@@ -158,7 +158,8 @@ def _merge_on_device(deltas: Sequence[Tensor], recipe: Recipe, seed: int) -> Ten
     if row.combine != "vote":
         for weight, change in zip(weights, changes, strict=True):
             zero += weight * change
-        return zero / float(divisor)
+        # a tensor: torch on a GPU multiplies by the reciprocal of a plain number
+        return zero / torch.tensor(float(divisor), device=zero.device)
     positive, negative, positive_w, negative_w, ballot = (zero.clone() for _ in range(5))
     for weight, change in zip(weights, changes, strict=True):
         mass = 1.0 if recipe.compat else weight
