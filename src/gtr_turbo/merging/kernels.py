@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-BLOCK = 1024
+BLOCK = 512
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 # numpy's division, without Python's exception on zero: that check would keep loops from vectorising
