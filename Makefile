@@ -7,13 +7,19 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: train test check lint types format clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+$(VENV)/.runs: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PIP) torch
+	$(PIP) --editable '.[tensorboard]'
 	touch $@
 
-train: $(VENV)/.installed  ## the main job: EZPoints, tiny model, CPU
+$(VENV)/.installed: $(VENV)/.runs
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+train: $(VENV)/.runs  ## the main job: EZPoints, tiny model, CPU
 	$(BIN)/gtr-turbo train $(ARGS)
 
 test: $(VENV)/.installed  ## lint, types and all tests
