@@ -282,17 +282,17 @@ def test_two_updates_and_two_more_are_four_with_the_collection(tiny, tmp_path, m
     assert [row["imitation/collected"] for row in whole] == [4.0, 8.0, 12.0, 16.0]
     assert all(row["imitation/loss"] > 0 for row in whole)
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     class Stopping(Silent):
         def updated(self, row):
             super().updated(row)
             if row["update"] == 3:
-                raise Stop
+                raise StopError
 
     monkeypatch.setattr("gtr_turbo.collect.generate", scripted)
-    with pytest.raises(Stop), own_folder(tmp_path / "cut"):
+    with pytest.raises(StopError), own_folder(tmp_path / "cut"):
         train(sft_settings(tiny, env_steps=16), tmp_path / "cut", Stopping())
     rest = run(sft_settings(tiny, env_steps=16), tmp_path / "cut", monkeypatch, resume=True)
     timeless = [
