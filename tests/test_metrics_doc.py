@@ -13,6 +13,7 @@ from tiny import Silent, scripted, settings
 
 PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
 OTHER_ENVIRONMENTS = {"judge/arithmetic"}  # Points24; EZPoints writes no steps
+IMITATION = {f"imitation/{name}" for name in ("asked", "written", "tries", "collected", "loss")}
 
 
 def documented():
@@ -48,7 +49,10 @@ def only(path):
 def test_every_name_is_documented_once_and_logged(run):
     names = documented()
     for section, logged in (
-        ("Rows of metrics.jsonl", set(only(run / "metrics.jsonl")) | OTHER_ENVIRONMENTS),
+        (
+            "Rows of metrics.jsonl",
+            set(only(run / "metrics.jsonl")) | OTHER_ENVIRONMENTS | IMITATION,
+        ),
         ("summary.json", set(json.loads((run / "summary.json").read_text()))),
         ("trajectories/NNNNNN.jsonl", set(only(run / "trajectories" / "000001.jsonl"))),
     ):

@@ -238,13 +238,44 @@ class PPOConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImitationConfig:
+    """Imitation of the teacher's thoughts; what it writes is collected over the run (DAgger)."""
+
+    _prefix = "guidance.imitation."
+
+    weight: float = 1.0
+    """Of the cross-entropy per token in the loss."""
+    weight_final: float = 1.0
+    """Its value at the end of the run; it changes linearly."""
+    samples: int = 64
+    """Collected turns that join each optimizer step."""
+    limit: int = 0
+    """Newest turns that are kept; 0 keeps all, as published."""
+    temperature: float = 0.2
+    """At which the teacher writes."""
+    temperature_ramp: float = 1.1
+    """Factor of the temperature after an answer that cannot be read."""
+    temperature_max: float = 0.9
+    """Where the ramp ends."""
+    retries: int = 4
+    """New tries for answers that cannot be read; what is left after them is skipped, and counted."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "samples", "temperature", "temperature_ramp", "temperature_max")
+        _not_negative(self, "weight", "weight_final", "limit", "retries")
+
+
+@dataclass(frozen=True, kw_only=True)
 class GuidanceConfig:
     """How the teacher guides the agent's thoughts."""
 
     _prefix = "guidance."
 
-    kind: Literal["none", "kl"] = "kl"
-    """`none` is RL4VLM; `kl` penalises the reverse KL to the teacher on the thought's tokens."""
+    kind: Literal["none", "static", "kl", "sft"] = "kl"
+    """`none` is RL4VLM; `kl` penalises the reverse KL to the merge on the thought's tokens, `static` the KL to
+    the starting model; `sft` imitates thoughts that the merge writes for the same observations."""
+    tokens: Literal["thought", "response"] = "thought"
+    """What is guided; the paper guides thoughts only, as guided actions explore less."""
     estimator: Literal["clip", "k1", "abs", "k3", "full"] = "clip"
     """KL estimate per token; `full` sums over the whole vocabulary."""
     credit: Literal["advantage", "reward", "token"] = "advantage"
@@ -256,6 +287,9 @@ class GuidanceConfig:
     """Weight of the KL; 1 is the paper's."""
     center: bool = True
     """Subtract the KL's mean over the update first: a penalty that is never negative pushes every reply down."""
+
+    imitation: ImitationConfig = field(default_factory=ImitationConfig)
+    """Of `sft`."""
 
     def __post_init__(self) -> None:
         _not_negative(self, "beta")

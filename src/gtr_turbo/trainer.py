@@ -5,21 +5,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from gtr_turbo import checkpoint
-from gtr_turbo.collect import MINIBATCHES, SAMPLING, Envs, collect, stream
+from gtr_turbo.collect import MINIBATCHES, SAMPLING, TEACHING, Envs, collect, stream
 from gtr_turbo.config import TrainConfig
 from gtr_turbo.evaluate import Evaluation, evaluate
 from gtr_turbo.learning.advantages import assign_credit
-from gtr_turbo.learning.update import TrainingError, make_optimizer, update
+from gtr_turbo.learning.update import Imitation, TrainingError, make_optimizer, update
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.teacher.guidance import guide
 from gtr_turbo.teacher.history import History
+from gtr_turbo.teacher.imitation import Memory, imitation_loss, teach
 from gtr_turbo.tracking import (
     Clock,
     JsonlWriter,
@@ -31,6 +33,7 @@ from gtr_turbo.tracking import (
     rollout_metrics,
 )
 from gtr_turbo.turns.batch import Batch, make_batch
+from gtr_turbo.turns.turn import Turn
 
 __all__ = ["TrainingError", "View", "train"]
 
@@ -70,6 +73,7 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
     optimizer = make_optimizer(policy, config.ppo)
     envs = Envs(config.env, config.env.train_split, config.seed)
     history = History(config.teacher)
+    memory = Memory(run / "imitation", config.guidance.imitation.limit)
     start_print = checkpoint.fingerprint(dict(policy.model.named_parameters()))
     start, state = 0, {}
     if resume:
@@ -78,6 +82,7 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
         )
         envs.restore(state["envs"])
         start = state["update"]
+        memory.restore(start)
     else:
         envs.start()
         policy.load_teacher({name: torch.zeros_like(delta) for name, delta in policy.deltas()})
@@ -97,6 +102,8 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
         batch = make_batch(turns, config.env.num_envs, policy.processor.pad_token_id)
         batch = guide(batch, policy, config.guidance, microbatch_turns=config.ppo.microbatch_turns)
         clock.lap("guide")
+        told, imitation = _imitate(policy, turns, envs, memory, config, iteration)
+        clock.lap("teach")
         batch = assign_credit(batch, **_credit(config))
         stats = update(
             policy,
@@ -107,6 +114,7 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
             progress=iteration / config.num_updates,
             progress_after=(iteration + 1) / config.num_updates,
             max_logprob_gap=config.rollout.max_logprob_gap,
+            imitation=imitation,
         )
         clock.lap("update")
         history.add(policy.deltas())
@@ -120,6 +128,7 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
             "env_steps": (iteration + 1) * config.turns_per_update,
             **rollout_metrics(turns),
             **stats,
+            **told,
             **_teacher_metrics(policy, batch, history, config, age),
             **clock.seconds,
             "system/peak_rss_mb": peak_rss_mb(),
@@ -159,6 +168,42 @@ def _log(row: Mapping[str, float], writers: Sequence[Writer]) -> None:
         writer.write(row)
 
 
+def _imitate(
+    policy: Policy,
+    turns: Sequence[Turn],
+    envs: Envs,
+    memory: Memory,
+    config: TrainConfig,
+    iteration: int,
+) -> tuple[dict[str, float], Imitation | None]:
+    """Guidance by imitation: collect the teacher's thoughts; (metrics, what joins the update's steps)."""
+    guidance, own = config.guidance, config.guidance.imitation
+    if guidance.kind != "sft":
+        return {}, None
+    generator = torch.Generator().manual_seed(stream(config.seed, TEACHING, iteration))
+    told = teach(
+        policy,
+        turns,
+        envs.fields,
+        memory,
+        guidance,
+        config.sampling,
+        generator,
+        update=iteration + 1,
+    )
+    weight = own.weight + (own.weight_final - own.weight) * iteration / config.num_updates
+    if not memory.targets or not weight:
+        return told, None
+
+    def losses(draws: torch.Generator) -> Iterator[tuple[Tensor, float]]:
+        for loss, number in imitation_loss(
+            policy, memory, own.samples, draws, microbatch=config.ppo.microbatch_turns
+        ):
+            yield weight * loss, number
+
+    return told, losses
+
+
 def _credit(config: TrainConfig) -> dict[str, Any]:
     ppo, guidance = config.ppo, config.guidance
     return {
@@ -166,7 +211,7 @@ def _credit(config: TrainConfig) -> dict[str, Any]:
         "lam": ppo.gae_lambda,
         "normalize": ppo.normalize,
         "eps": ppo.normalize_eps,
-        "beta": 0.0 if guidance.kind == "none" else guidance.beta,
+        "beta": guidance.beta if guidance.kind in ("kl", "static") else 0.0,
         "credit": guidance.credit,
         "center": guidance.center,
     }
@@ -189,8 +234,10 @@ def _teacher_metrics(
     metrics["teacher/distance"] = policy.teacher_distance()
     metrics["teacher/zero_fraction"] = history.zero_fraction
     if batch.kl_tokens is not None:
-        metrics["teacher/kl"] = float(batch.kl_tokens.sum() / batch.thought_mask.sum().clamp(min=1))
-    if batch.kl_tokens is not None and config.guidance.kind != "none":
+        thoughts = config.guidance.tokens == "thought"
+        mask = batch.thought_mask if thoughts else batch.inputs.response_mask
+        metrics["teacher/kl"] = float(batch.kl_tokens.sum() / mask.sum().clamp(min=1))
+    if batch.kl_tokens is not None and config.guidance.kind in ("kl", "static"):
         metrics["teacher/credit"] = config.guidance.beta * metrics["teacher/kl"]
     return metrics
 

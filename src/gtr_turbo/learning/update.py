@@ -6,6 +6,7 @@ Holds `loss.backward()` and `optimizer.step()`. Guidance arrives inside the batc
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ from gtr_turbo.turns.batch import Batch, by_length, select
 
 class TrainingError(RuntimeError):
     """Training cannot go on: a loss or gradient is not finite, or sampler and scoring disagree."""
+
+
+Imitation = Callable[[torch.Generator], Iterator[tuple[Tensor, float]]]
+"""Yields weighted losses, micro-batch by micro-batch, and their values."""
 
 
 def make_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.AdamW:
@@ -72,6 +77,7 @@ def update(
     progress: float,
     progress_after: float,
     max_logprob_gap: float,
+    imitation: Imitation | None = None,
 ) -> dict[str, float]:
     """Train on one batch; returns what docs/metrics.md calls the `ppo` and `critic` groups.
 
@@ -85,6 +91,7 @@ def update(
         progress_after: fraction done after it.
         max_logprob_gap: bound on the mean absolute difference between the log-probs recorded at sampling
             and those of the first minibatch, before any step.
+        imitation: adds the gradient of its own loss to each step.
 
     Raises:
         TrainingError: a gradient is not finite, or the bound is passed. No step is made then.
@@ -108,6 +115,12 @@ def update(
             _minibatch(policy, batch, order[at : at + config.minibatch_turns], config, sums)
             if step == 0:
                 _check_gap(sums, max_logprob_gap)
+            if imitation is not None:
+                numbers = []
+                for loss, number in imitation(generator):
+                    loss.backward()
+                    numbers.append(number)
+                sums["imitation/loss"].append(sum(numbers))
             _step(policy, optimizer, config, sums)
     finally:
         policy.model.eval()

@@ -47,6 +47,7 @@ def generate(
     generator: torch.Generator,
     *,
     greedy: bool = False,
+    temperature: float | None = None,
 ) -> list[Reply]:
     """Write one reply to each observation.
 
@@ -56,6 +57,7 @@ def generate(
         sampling: limits and warps.
         generator: the only source of randomness, on the CPU.
         greedy: take the likeliest token instead of sampling.
+        temperature: to draw at, if not the policy's own; the log-probs recorded are the policy's own all the same.
     """
     from transformers import DynamicCache
 
@@ -89,7 +91,8 @@ def generate(
     last = positions.amax(dim=(0, 2)) if multimodal else positions[:, -1]  # (B,)
     for step in range(sampling.max_new_tokens):
         logits = policy.policy_logits(output.logits[:, -1])
-        token = _choose(warp(logits, seen, sampling), generator, greedy=greedy)
+        drawn = logits if temperature is None else logits * (policy.temperature / temperature)
+        token = _choose(warp(drawn, seen, sampling), generator, greedy=greedy)
         ids[rows, step] = token.cpu()
         logprobs[rows, step] = logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1).cpu()
         lengths[rows] = step + 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +197,7 @@ class Policy(nn.Module):
         """Euclidean norm of the teacher's change against the run's starting point."""
         return self._teacher_norm
 
-    @contextmanager
-    def as_teacher(self) -> Iterator[None]:
+    def as_teacher(self) -> AbstractContextManager[None]:
         """Inside the block the model computes with the teacher's weights; after it with its own.
 
         The exchange is by copying into the parameters and back from an exact copy, tensor by tensor; no
@@ -209,6 +208,22 @@ class Policy(nn.Module):
         """
         if self._teacher is None:
             raise RuntimeError("there is no teacher yet: load_teacher() was never called")
+        return self._swapped(self._teacher)
+
+    def as_start(self) -> AbstractContextManager[None]:
+        """Inside the block the model computes with the weights the run began with."""
+        if self._start is not None:
+            return self._swapped(self._start)
+        return self._swapped(
+            {
+                name: layer.base_layer.weight.detach().float().cpu()
+                + self._first_change(name, layer)
+                for name, layer in self._adapted()
+            }
+        )
+
+    @contextmanager
+    def _swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         if self._start is not None:
             targets: dict[str, nn.Parameter] = self.trained()
         else:
@@ -217,7 +232,7 @@ class Policy(nn.Module):
         try:
             with torch.no_grad():
                 for name, parameter in targets.items():
-                    parameter.copy_(self._teacher[name])
+                    parameter.copy_(weights[name])
             if self._start is None:
                 with self.model.disable_adapter():
                     yield
@@ -328,10 +343,10 @@ class Policy(nn.Module):
         hidden = self._hidden.pop()
         return output, hidden
 
-    def policy_logits(self, logits: Tensor) -> Tensor:
+    def policy_logits(self, logits: Tensor, temperature: float | None = None) -> Tensor:
         """Float32 logits of the policy: banned tokens at -inf, divided by the sampling temperature."""
         logits = logits.float().masked_fill(self.banned, -torch.inf)
-        return logits / self.temperature
+        return logits / (self.temperature if temperature is None else temperature)
 
 
 def _is_vision(name: str) -> bool:

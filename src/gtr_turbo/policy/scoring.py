@@ -48,13 +48,20 @@ def position_ids(inputs: Inputs) -> Tensor | None:
     return positions
 
 
-def score(policy: Policy, inputs: Inputs, *, distribution: bool = False) -> Scores:
+def score(
+    policy: Policy,
+    inputs: Inputs,
+    *,
+    distribution: bool = False,
+    temperature: float | None = None,
+) -> Scores:
     """Score responses with the weights that are in place.
 
     Args:
         policy: call inside `policy.as_teacher()` to score with the teacher.
         inputs: B observations and their responses.
         distribution: also return the log-probabilities of the whole vocabulary.
+        temperature: if not the policy's own.
     """
     device = policy.device
     ids = torch.cat([inputs.prompt_ids, inputs.response_ids], 1).to(device)
@@ -72,7 +79,7 @@ def score(policy: Policy, inputs: Inputs, *, distribution: bool = False) -> Scor
         use_cache=False,
         **arguments,
     )
-    logits = policy.policy_logits(output.logits[:, :-1])  # (B, R, V)
+    logits = policy.policy_logits(output.logits[:, :-1], temperature)  # (B, R, V)
     everything = logits.log_softmax(-1)
     target = inputs.response_ids.to(device)[..., None]
     real = inputs.response_mask.to(device)

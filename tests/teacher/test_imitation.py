@@ -1,0 +1,327 @@
+"""SFT guidance: what is trained, what is kept, and that learning from it works."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tests.tiny import Silent, inputs_of, make_policy, perturb, scripted, settings
+
+from gtr_turbo.checkpoint import own_folder
+from gtr_turbo.collect import Envs, collect
+from gtr_turbo.config import (
+    ConfigError,
+    EnvConfig,
+    GuidanceConfig,
+    ImitationConfig,
+    RolloutConfig,
+    SamplingConfig,
+)
+from gtr_turbo.policy.scoring import score
+from gtr_turbo.teacher.imitation import Memory, imitation_loss, splice, teach, write_thoughts
+from gtr_turbo.trainer import train
+
+FIELDS = ("cards", "formula", "thoughts", "action")
+TEACHER = '{"cards": [2, 6], "formula": "", "thoughts": "2*6=12", "action": "2"}'
+AGENT = '{"cards": [3, 6], "formula": "", "thoughts": "3+6=9", "action": "+"}'
+
+
+@pytest.fixture(scope="module")
+def policy(tiny):
+    return make_policy(tiny)
+
+
+@pytest.fixture
+def turns(policy, monkeypatch):
+    """Four valid turns of EZPoints, by script."""
+    monkeypatch.setattr("gtr_turbo.collect.generate", scripted)
+    envs = Envs(EnvConfig(options={"prompt": "compact"}, num_envs=2), "train", 0)
+    envs.start()
+    rollout = RolloutConfig(turns_per_env=2)
+    return collect(envs, policy, SamplingConfig(), rollout, torch.Generator().manual_seed(0))
+
+
+# -- splicing --------------------------------------------------------------------------------------
+
+
+def test_the_teachers_thought_is_trained_and_the_agents_action_stands_behind_it(policy):
+    ids, trained = splice(policy.processor, TEACHER, AGENT, FIELDS)
+    text = policy.processor.decode(ids[:-1].tolist())
+    assert json.loads(text) == json.loads(TEACHER) | {"action": "+"}
+    assert ids[-1] == policy.processor.end_token_id
+    # the key ends the thought and is trained with it; what the action is, is not
+    assert policy.processor.decode(ids[:trained].tolist()).endswith('"2*6=12", "action": "')
+    assert policy.processor.decode(ids[trained:-1].tolist()) == '+"}'
+
+
+def test_of_a_whole_response_the_teachers_action_is_trained_too(policy):
+    ids, trained = splice(policy.processor, TEACHER, AGENT, FIELDS, whole=True)
+    assert json.loads(policy.processor.decode(ids[:-1].tolist()))["action"] == "2"
+    assert trained == len(ids)
+
+
+@pytest.mark.parametrize(
+    "teacher", ["", "no json", '{"thoughts": "x"', '{"action": "1", "thoughts": "after"}']
+)
+def test_an_answer_that_cannot_be_read_gives_no_target(policy, teacher):
+    assert splice(policy.processor, teacher, AGENT, FIELDS) is None
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def replay(answers):
+    """In place of `generate`: the given texts in turn; remembers the temperatures it was asked for."""
+    asked = []
+
+    def generate(policy, observed, sampling, generator, *, greedy=False, temperature=None):
+        from tests.tiny import replies
+
+        asked.append((len(observed), temperature))
+        return replies(policy, observed, [answers.pop(0) for _ in observed])
+
+    return generate, asked
+
+
+def test_unreadable_answers_are_written_again_hotter_and_at_most_so_often(
+    policy, turns, monkeypatch
+):
+    bad = "{}"
+    # four turns: two good at once, one good at the second try, one never
+    generate, asked = replay([TEACHER, bad, TEACHER, bad, bad, TEACHER, bad, bad])
+    monkeypatch.setattr("gtr_turbo.teacher.imitation.generate", generate)
+    policy.load_teacher({name: torch.zeros_like(d) for name, d in policy.deltas()})
+    config = ImitationConfig(temperature=0.5, temperature_ramp=1.5, temperature_max=0.9, retries=3)
+    written = write_thoughts(
+        policy, turns, FIELDS, config, SamplingConfig(), torch.Generator(), batch_turns=4
+    )
+    assert [text is not None for text in written.texts] == [True, False, True, True]
+    assert asked == [(4, 0.5), (2, 0.75), (1, 0.9), (1, 0.9)]
+    assert written.metrics == {
+        "imitation/asked": 4.0,
+        "imitation/written": 0.75,
+        "imitation/tries": 2.0,
+    }
+
+
+def test_invalid_turns_are_not_asked_about(policy, turns, monkeypatch):
+    generate, asked = replay([TEACHER] * 3)
+    monkeypatch.setattr("gtr_turbo.teacher.imitation.generate", generate)
+    policy.load_teacher({name: torch.zeros_like(d) for name, d in policy.deltas()})
+    turns = [replace(turns[0], valid=False), *turns[1:]]
+    written = write_thoughts(
+        policy, turns, FIELDS, ImitationConfig(), SamplingConfig(), torch.Generator(), batch_turns=8
+    )
+    assert written.texts[0] is None
+    assert asked == [(3, 0.2)]
+
+
+def test_the_merge_writes_and_not_the_agent(policy, turns, monkeypatch):
+    seen = []
+
+    def generate(policy, observed, *rest, **settings):
+        seen.append({n: p.detach().clone() for n, p in policy.trained().items()})
+        return scripted(policy, observed, None, torch.Generator().manual_seed(0))
+
+    start = {n: p.detach().clone() for n, p in policy.trained().items()}
+    shift = {name: torch.full_like(d, 0.25) for name, d in policy.deltas()}
+    policy.load_teacher(shift)
+    monkeypatch.setattr("gtr_turbo.teacher.imitation.generate", generate)
+    write_thoughts(
+        policy, turns, FIELDS, ImitationConfig(), SamplingConfig(), torch.Generator(), batch_turns=8
+    )
+    for name, weight in seen[0].items():
+        assert torch.equal(weight, start[name] + 0.25)
+    for name, parameter in policy.trained().items():
+        assert torch.equal(parameter, start[name])
+
+
+# -- the collection --------------------------------------------------------------------------------
+
+
+def collected(policy, turns, folder, limit=0, updates=(1,)):
+    memory = Memory(folder, limit)
+    for update in updates:
+        made = [(t, *splice(policy.processor, TEACHER, t.text, FIELDS)) for t in turns]
+        memory.add(update, made)
+    return memory
+
+
+def test_targets_come_back_from_the_files_as_they_were(policy, turns, tmp_path):
+    memory = collected(policy, turns, tmp_path, updates=(1, 2))
+    again = Memory(tmp_path, 0)
+    again.restore(2)
+    assert len(again) == len(memory) == 8
+    for old, new in zip(memory.targets, again.targets, strict=True):
+        assert (old.frame, old.prompt, old.thought_tokens) == (
+            new.frame,
+            new.prompt,
+            new.thought_tokens,
+        )
+        assert torch.equal(old.response_ids, new.response_ids)
+    draws = [m.draw(5, torch.Generator().manual_seed(3), policy) for m in (memory, again)]
+    for a, b in zip(*(observed for observed, _ in draws), strict=True):
+        assert torch.equal(a.prompt_ids, b.prompt_ids)
+        assert np.array_equal(a.frame, b.frame)
+        assert torch.allclose(a.features, b.features, atol=1e-6)
+
+
+def test_later_files_are_removed_when_a_run_goes_back(policy, turns, tmp_path):
+    collected(policy, turns, tmp_path, updates=(1, 2, 3))
+    again = Memory(tmp_path, 0)
+    again.restore(1)
+    assert len(again) == 4
+    assert sorted(file.name for file in tmp_path.glob("*.jsonl")) == ["000001.jsonl"]
+
+
+def test_a_frame_is_stored_once(policy, turns, tmp_path):
+    collected(policy, turns, tmp_path, updates=(1, 2))
+    frames = {turn.observed.frame.tobytes() for turn in turns}
+    assert len(list((tmp_path / "frames").glob("*.png"))) == len(frames)
+
+
+def test_the_limit_keeps_the_newest(policy, turns, tmp_path):
+    memory = collected(policy, turns, tmp_path, limit=3, updates=(1, 2))
+    assert len(memory) == 3
+    again = Memory(tmp_path, 3)
+    again.restore(2)
+    assert [t.prompt for t in again.targets] == [t.prompt for t in memory.targets]
+
+
+def test_a_damaged_file_is_named(policy, turns, tmp_path):
+    collected(policy, turns, tmp_path)
+    (tmp_path / "000001.jsonl").write_text('{"frame": "x"}\n')
+    with pytest.raises(ValueError, match=r"000001\.jsonl, line 1"):
+        Memory(tmp_path, 0).restore(1)
+
+
+# -- learning --------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_mean_over_trained_tokens_at_temperature_one(policy, turns, tmp_path):
+    memory = collected(policy, turns, tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    parts = list(imitation_loss(policy, memory, 4, generator, microbatch=3))
+    assert len(parts) == 2
+    observed, targets = memory.draw(4, torch.Generator().manual_seed(0), policy)
+    logprobs = score(
+        policy,
+        inputs_of(policy, observed, [t.response_ids for t in targets]),
+        temperature=1.0,
+    ).logprobs
+    chosen = [logprobs[i, : len(t.mask)][t.mask] for i, t in enumerate(targets)]
+    assert sum(float(loss.detach()) for loss, _ in parts) == pytest.approx(
+        -float(torch.cat(chosen).detach().mean()), rel=1e-5
+    )
+    # the action is not trained, the end token is
+    mask = targets[0].mask
+    assert mask[-1]
+    assert not mask[targets[0].thought_tokens : -1].any()
+    assert mask[: targets[0].thought_tokens].all()
+
+
+def test_steps_on_the_loss_lower_it(tiny, turns, tmp_path):
+    policy = make_policy(tiny)
+    memory = collected(policy, turns, tmp_path)
+    optimizer = torch.optim.AdamW(policy.trained().values(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        numbers = []
+        generator = torch.Generator().manual_seed(0)
+        for loss, number in imitation_loss(policy, memory, 4, generator, microbatch=4):
+            loss.backward()
+            numbers.append(number)
+        losses.append(sum(numbers))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_teach_collects_what_could_be_read(policy, turns, tmp_path, monkeypatch):
+    generate, _ = replay([TEACHER, "{}", TEACHER, TEACHER])
+    monkeypatch.setattr("gtr_turbo.teacher.imitation.generate", generate)
+    policy.load_teacher({name: torch.zeros_like(d) for name, d in policy.deltas()})
+    memory = Memory(tmp_path, 0)
+    guidance = GuidanceConfig(kind="sft", imitation=ImitationConfig(retries=0))
+    metrics = teach(
+        policy, turns, FIELDS, memory, guidance, SamplingConfig(), torch.Generator(), update=1
+    )
+    assert metrics["imitation/collected"] == 3.0
+    assert metrics["imitation/written"] == 0.75
+    assert [t.prompt for t in memory.targets] == [turns[i].prompt for i in (0, 2, 3)]
+
+
+# -- in a run --------------------------------------------------------------------------------------
+
+
+def sft_settings(tiny, **groups):
+    return settings(
+        tiny,
+        guidance=GuidanceConfig(kind="sft", imitation=ImitationConfig(samples=3, retries=0)),
+        **groups,
+    )
+
+
+def run(config, folder, monkeypatch, *, resume=False):
+    monkeypatch.setattr("gtr_turbo.collect.generate", scripted)
+    monkeypatch.setattr(
+        "gtr_turbo.teacher.imitation.generate",
+        lambda policy, observed, sampling, generator, **_: scripted(
+            policy, observed, sampling, generator
+        ),
+    )
+    view = Silent()
+    with own_folder(folder):
+        train(config, folder, view, resume=resume)
+    return view.rows
+
+
+def test_two_updates_and_two_more_are_four_with_the_collection(tiny, tmp_path, monkeypatch):
+    whole = run(sft_settings(tiny, env_steps=16), tmp_path / "whole", monkeypatch)
+    assert [row["imitation/collected"] for row in whole] == [4.0, 8.0, 12.0, 16.0]
+    assert all(row["imitation/loss"] > 0 for row in whole)
+
+    class StopError(Exception):
+        pass
+
+    class Stopping(Silent):
+        def updated(self, row):
+            super().updated(row)
+            if row["update"] == 3:
+                raise StopError
+
+    monkeypatch.setattr("gtr_turbo.collect.generate", scripted)
+    with pytest.raises(StopError), own_folder(tmp_path / "cut"):
+        train(sft_settings(tiny, env_steps=16), tmp_path / "cut", Stopping())
+    rest = run(sft_settings(tiny, env_steps=16), tmp_path / "cut", monkeypatch, resume=True)
+    timeless = [
+        [{k: v for k, v in row.items() if not k.startswith(("time/", "system/"))} for row in rows]
+        for rows in (whole[-len(rest) :], rest)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_static_guidance_measures_the_distance_to_the_start(tiny, tmp_path, monkeypatch):
+    policy = make_policy(tiny)
+    start = {n: p.detach().clone() for n, p in policy.trained().items()}
+    perturb(policy)
+    moved = {n: p.detach().clone() for n, p in policy.trained().items()}
+    with policy.as_start():
+        for name, parameter in policy.trained().items():
+            assert torch.equal(parameter, start[name])
+    for name, parameter in policy.trained().items():
+        assert torch.equal(parameter, moved[name])
+    rows = run(
+        settings(tiny, env_steps=8, guidance=GuidanceConfig(kind="static")), tmp_path, monkeypatch
+    )
+    assert rows[0]["teacher/kl"] == 0.0  # the agent is the start
+    assert rows[1]["teacher/kl"] > 0.0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"samples": 0}, {"temperature": 0}, {"weight": -1}, {"retries": -1}, {"limit": -1}]
+)
+def test_settings_out_of_range_are_named(wrong):
+    with pytest.raises(ConfigError, match=f"guidance.imitation.{next(iter(wrong))}"):
+        ImitationConfig(**wrong)
