@@ -267,6 +267,8 @@ def _merge(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from gtr_turbo.merging import merge as merge_checkpoints
     from gtr_turbo.terminal import MergeView, show_merge
 
+    if not 0 < options.shard_gb < 2**20:
+        raise ConfigError(f"shard size {options.shard_gb} GB must be above 0")
     given = vars(options).copy()
     for key in ("command", "run_command", "checkpoints", "out", "json", "shard_gb"):
         del given[key]

@@ -219,6 +219,8 @@ def show_merge(console: Console, report: Report) -> None:
     settings = plan.settings
     table = Table(title="merged" if done else "plan (nothing was written)", show_header=False)
     table.title_style = "bold"
+    table.add_column()
+    table.add_column(overflow="fold")
     method = [settings["method"]]
     if settings["density"] < 1:
         method.append(f"density {settings['density']}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -36,7 +38,7 @@ class Job:
     @property
     def size(self) -> int:
         """Entries."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 @dataclass
@@ -152,6 +154,7 @@ class FileRows:
         entry = checkpoints[0].entries[name]
         self.count, self.size = len(checkpoints), entry.size
         self._dtype = row_dtype(entry.dtype)
+        self.origin = None if base is None else base.entries[name].file
         self._kept: tuple[Numbers, Numbers] | None = None
 
     def only(self, which: Sequence[int]) -> FileRows:
@@ -198,24 +201,15 @@ def merge_into(
     base: tuple[Checkpoint, Entry] | None = None,
 ) -> Tally:
     """Merge a tensor and write base + lambda * change."""
-    target = context.writer.entries[name]
-    plain = context.recipe.row.base is False
-    seen = 0
+    factor = context.factor if context.recipe.row.base else np.float32(1)
+    fits = []
 
     def sink(at: int, chunk_base: Numbers, merged: Floats) -> None:
-        nonlocal seen
         if base is not None:
             chunk_base = np.empty(len(merged), row_dtype(base[1].dtype))
             base[0].read(base[1], at, chunk_base)
-        made: Numbers = np.empty(len(merged), row_dtype(target.dtype))
-        factor = np.float32(1) if plain and base is None else context.factor
-        largest = context.kernels.finish(merged, chunk_base, factor, made)
-        if target.dtype == "F16":
-            with np.errstate(over="ignore"):
-                made = made.astype(np.float16)
-            largest = arrays.INFINITE if not np.isfinite(made).all() else largest
-        seen = max(seen, int(largest))
-        context.writer.write(name, at, made)
+        origin = base[1].file if base is not None else source.origin
+        fits.append(put(context, name, at, merged, chunk_base, factor, origin))
 
     tally = merge_chunks(
         source,
@@ -225,9 +219,51 @@ def merge_into(
         cuts=cuts,
         seed=int.from_bytes(name.encode(), "little") % (1 << 61),
     )
-    if tally.finite and seen >= arrays.INFINITE:
-        raise MergeError(f"tensor {name!r}: the merge does not fit {target.dtype}; take float32")
+    if tally.finite and not all(fits):
+        raise MergeError(f"tensor {name!r}: the merged change does not fit float32")
     return tally
+
+
+def put(
+    context: Context,
+    name: str,
+    at: int,
+    change: Floats,
+    base: Numbers,
+    factor: np.float32,
+    origin: Path | None = None,
+) -> bool:
+    """Write base + factor * change, rounded once, to entries `at` ... of a tensor of the output.
+
+    Args:
+        context: of the merge.
+        name: of the tensor.
+        at: index of the first entry.
+        change: float32.
+        base: of `change`'s size, or (0,).
+        factor: of the change.
+        origin: file that the base is from.
+
+    Returns:
+        False if the change is not finite.
+
+    Raises:
+        MergeError: the sum is not finite though the change is.
+    """
+    target = context.writer.entries[name]
+    made: Numbers = np.empty(change.size, row_dtype(target.dtype))
+    largest = context.kernels.finish(change.ravel(), base, factor, made)
+    if target.dtype == "F16":
+        with np.errstate(over="ignore"):
+            made = made.astype(np.float16)
+        largest = largest if np.isfinite(made).all() else arrays.INFINITE
+    finite = largest < arrays.INFINITE or bool(np.isfinite(change).all())
+    if largest >= arrays.INFINITE and finite:
+        if base.size and not np.isfinite(arrays.widen(base)).all():
+            raise MergeError(f"tensor {name!r} of {origin} holds a number that is not finite")
+        raise MergeError(f"tensor {name!r}: the merge does not fit {target.dtype}; take float32")
+    context.writer.write(name, at, made)
+    return finite
 
 
 def describe(tally: Tally, size: int) -> dict[str, Any]:

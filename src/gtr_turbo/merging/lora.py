@@ -67,7 +67,9 @@ class Adapter:
         """
         try:
             config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
+            if not isinstance(config, dict):
+                raise ValueError(f"it holds a {type(config).__name__}")
+        except (ValueError, OSError, RecursionError) as error:
             raise MergeError(f"{path}/adapter_config.json cannot be read ({error})") from error
         _refuse(path, config)
         weights = Checkpoint.open(path, stem="adapter_model")
@@ -84,7 +86,12 @@ class Adapter:
         for module, pair in sides.items():
             if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
                 raise MergeError(f"{path}: module {module!r} has no matching lora_A and lora_B")
-            scale = _scale(config, module, pair["A"].shape[0])
+            try:
+                scale = _scale(config, module, pair["A"].shape[0])
+            except (TypeError, AttributeError, ZeroDivisionError, re.error) as error:
+                raise MergeError(
+                    f"{path}/adapter_config.json: lora_alpha or alpha_pattern cannot be read ({error})"
+                ) from error
             modules[module] = Module(pair["A"], pair["B"], scale)
         return cls(path, config, weights, modules)
 
@@ -98,6 +105,10 @@ class Adapter:
         """(A, B) of a module, float32."""
         module = self.modules[name]
         a, b = (widen(self.weights.tensor(entry)) for entry in (module.a, module.b))
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise MergeError(
+                f"module {name!r} of {module.a.file} holds a number that is not finite"
+            )
         return a, b
 
 
@@ -120,6 +131,7 @@ def _refuse(path: Path, config: dict[str, Any]) -> None:
         ("trainable_token_indices", (None, [], {})),
         ("target_parameters", (None, [])),
         ("layer_replication", (None, [])),
+        ("alora_invocation_tokens", (None, [])),
         ("init_lora_weights", (*PLAIN_INIT, None)),
     ):
         if config.get(key) not in fine:
@@ -173,9 +185,16 @@ def base_name(module: str, base: Checkpoint) -> str:
         MergeError: there is none, or more than one.
     """
     parts = f"{module}.weight".split(".")
-    for first in range(len(parts) - 1):
+    numbered = [place for place, part in enumerate(parts) if part.isdigit()]
+    last = min(numbered, default=len(parts) - 2)  # a layer's number is never left out
+    for first in range(last + 1):
         ending = ".".join(parts[first:])
-        found = [n for n in base.entries if n == ending or n.endswith(f".{ending}")]
+        found = [
+            name
+            for name in base.entries
+            if name == ending
+            or (name.endswith(f".{ending}") and not re.search(r"\d", name[: -len(ending)]))
+        ]
         if len(found) == 1:
             return found[0]
         if len(found) > 1:
@@ -190,6 +209,7 @@ class Product:
     """A `Source`: the changes dW of one module in K adapters, made in blocks of rows."""
 
     exact16 = False
+    origin: Path | None = None
 
     def __init__(self, adapters: Sequence[Adapter], module: str, chunk: int) -> None:
         self.count = len(adapters)

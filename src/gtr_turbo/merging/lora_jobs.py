@@ -11,7 +11,7 @@ import numpy as np
 
 from gtr_turbo.merging import arrays, lora
 from gtr_turbo.merging.arrays import Floats, Numbers
-from gtr_turbo.merging.jobs import CHUNK, Context, Job, describe, merge_into
+from gtr_turbo.merging.jobs import CHUNK, Context, Job, describe, merge_into, put
 from gtr_turbo.merging.methods import Recipe, Rows, Tally, merge_chunks
 from gtr_turbo.merging.shards import ITEMSIZE, Checkpoint, Entry, MergeError, row_dtype
 
@@ -110,15 +110,10 @@ def _dense_jobs(
 
 def _copy_run(base: Checkpoint, entry: Entry) -> Callable[[Context], None]:
     def run(context: Context) -> None:
-        target = context.writer.entries[entry.name]
         for first in range(0, entry.size, CHUNK):
             row: Numbers = np.empty(min(CHUNK, entry.size - first), row_dtype(entry.dtype))
             base.read(entry, first, row)
-            made: Numbers = np.empty(len(row), row_dtype(target.dtype))
-            context.kernels.finish(arrays.widen(row), row[:0], np.float32(1), made)
-            context.writer.write(
-                entry.name, first, made.astype(np.float16) if target.dtype == "F16" else made
-            )
+            put(context, entry.name, first, arrays.widen(row), row[:0], np.float32(1))
 
     return run
 
@@ -167,10 +162,7 @@ class _Pair:
                     self._make(context)
                 factor = self._made.pop(side)
                 self._made[""] = factor[:0]  # made: not to be made again for the other side
-            target = context.writer.entries[key]
-            made: Numbers = np.empty(factor.size, row_dtype(target.dtype))
-            context.kernels.finish(factor.ravel(), factor.ravel()[:0], np.float32(1), made)
-            context.writer.write(key, 0, made.astype(np.float16) if target.dtype == "F16" else made)
+            put(context, key, 0, factor, factor.ravel()[:0], np.float32(1))
             return self._lines
 
         return run
@@ -191,8 +183,6 @@ class _Pair:
             ]
             pairs = [adapter.factors(self.module) for adapter in self.adapters]
             a, b, lost = lora.concatenate(pairs, scaled, self.rank)
-            if not (np.isfinite(a).all() and np.isfinite(b).all()):
-                raise MergeError(f"module {self.module!r} holds a number that is not finite")
         else:
             source = lora.Product(self.adapters, self.module, CHUNK)
             merged = np.empty(source.size, np.float32)

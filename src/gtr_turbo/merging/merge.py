@@ -143,6 +143,8 @@ def merge(
     recipe = _recipe(len(checkpoints), method, weights, alpha, density, seed, compat, lam)
     if dtype is not None and dtype not in DTYPES:
         raise MergeError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if engine not in ("numba", "numpy"):
+        raise MergeError(f"engine {engine!r}: expected numba or numpy")
     if threads < 1 or shard_bytes < 1:
         raise MergeError(f"threads {threads} and shard size {shard_bytes} must be at least 1")
     wanted = DTYPES[dtype] if dtype else None
@@ -171,7 +173,7 @@ def merge(
             tensors=len(layout),
             merged=prepared.merged,
             read_bytes=sum(job.read_bytes for job in prepared.jobs),
-            disk_bytes=sum(ITEMSIZE[d] * int(np.prod(s, dtype=np.int64)) for _, d, s in layout),
+            disk_bytes=sum(ITEMSIZE[job.dtype] * job.size for job in prepared.jobs),
             memory_bytes=_memory(prepared.jobs, len(paths), threads, whole=form != "dense"),
             cached=sum(cuts is not None for cuts in known),
         )
@@ -179,7 +181,10 @@ def merge(
             return Report(plan=plan, manifest={}, seconds=time.monotonic() - began)
         with new_folder(Path(out)) as folder:
             stem = "model" if prepared.config is None else "adapter_model"
-            writer = Writer.create(folder, layout, stem=stem, shard_bytes=shard_bytes)
+            whole = prepared.config is not None  # peft reads one file
+            writer = Writer.create(
+                folder, layout, stem=stem, shard_bytes=plan.disk_bytes + 1 if whole else shard_bytes
+            )
             stack.callback(writer.close)
             context = Context(
                 writer, backend(engine), recipe, np.float32(lam), threading.Event(), known
@@ -193,8 +198,8 @@ def merge(
                 (folder / "adapter_config.json").write_text(text + "\n")
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             writer.close()
-        if keep_thresholds and any("cuts" in lines for lines in tensors.values()):
-            assert prepared.base is not None
+        trimmed = prepared.kind == "full" and recipe.row.thin == "trim"
+        if keep_thresholds and trimmed and prepared.base is not None:
             save_thresholds(prepared.opened, prepared.base, recipe.density, tensors)
     return Report(plan=plan, manifest=manifest, seconds=time.monotonic() - began)
 
@@ -222,7 +227,7 @@ def _recipe(
         weights = sma(count) if weights == "sma" else ema(count, alpha)
     if len(weights) != count:
         raise MergeError(f"{count} checkpoints, but {len(weights)} weights")
-    if not np.isfinite(lam):
+    if not abs(lam) <= float(np.finfo(np.float32).max):
         raise MergeError(f"lambda {lam} must be a finite number")
     row = METHODS.get(method)
     if row is not None and not row.base and lam != 1:
@@ -359,7 +364,8 @@ def _warnings(density: float, tensors: dict[str, dict[str, Any]]) -> list[str]:
     tied = [
         name
         for name, lines in trimmed.items()
-        if name not in idle and max(lines["ties_at_threshold"]) > MANY_TIES * lines["entries"]
+        if name not in idle
+        and max(lines["ties_at_threshold"]) > max(1, MANY_TIES * lines["entries"])
     ]
     if tied:
         found.append(

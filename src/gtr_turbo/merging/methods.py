@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
@@ -124,6 +125,8 @@ class Source(Protocol):
     """Entries of the tensor."""
     exact16: bool
     """True if the changes are 16-bit numbers themselves."""
+    origin: Path | None
+    """The file the base of the chunks is from."""
 
     def chunks(self) -> Iterator[tuple[Numbers, Numbers]]:
         """Yield (rows (K, n), base (n,) or (0,)); a chunk is valid until the next."""
@@ -271,6 +274,7 @@ class Rows:
     base: Numbers
     exact16: bool = False
     chunk: int = 1 << 16
+    origin: Path | None = None
 
     def __post_init__(self) -> None:
         self.count, self.size = self.rows.shape

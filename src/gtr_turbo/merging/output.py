@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -23,7 +24,18 @@ import numpy as np
 from gtr_turbo.merging.arrays import Numbers
 from gtr_turbo.merging.shards import INDEX, ITEMSIZE, Entry, MergeError
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", INDEX)
+NO_COMPANIONS: tuple[str, ...] = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".index.json",
+)
+NO_COMPANIONS += ("merge-thresholds.json", "merged-from.json")
+"""Endings of files beside the weights that do not belong to a merge of them."""
 
 
 def write_at(descriptor: int, data: Numbers, at: int) -> None:
@@ -76,10 +88,13 @@ class Writer:
             shards[-1].append(Entry(name, folder, dtype, shape, used, used + width))
             used += width
         self = cls(folder, {}, {})
-        for number, shard in enumerate(shards, 1):
-            many = len(shards) > 1
-            suffix = f"-{number:05}-of-{len(shards):05}" if many else ""
-            self._begin(folder / f"{stem}{suffix}.safetensors", shard)
+        try:
+            for number, shard in enumerate(shards, 1):
+                suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+                self._begin(folder / f"{stem}{suffix}.safetensors", shard)
+        except OSError:
+            self.close()
+            raise
         if len(shards) > 1:
             index = {
                 "metadata": {"total_size": sum(e.stop - e.start for s in shards for e in s)},
@@ -140,7 +155,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise MergeError(f"{out} exists already; nothing is overwritten. Give another folder.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.glob(f".{out.name}.partial-*"):
+        for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
             with _held(stale, out):  # else of a merge that was killed
                 shutil.rmtree(stale)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
@@ -188,5 +203,9 @@ def copy_companions(source: Path, target: Path) -> None:
     """Copy what lies beside the weights (config, tokenizer, ...), but no weights and no folders."""
     if source.is_dir():
         for file in sorted(source.iterdir()):
-            if file.is_file() and not file.name.endswith(WEIGHTS) and not file.name.startswith("."):
+            if (
+                file.is_file()
+                and not file.name.endswith(NO_COMPANIONS)
+                and not file.name.startswith(".")
+            ):
                 shutil.copyfile(file, target / file.name)

@@ -77,11 +77,22 @@ class Checkpoint:
             MergeError: nothing there, or not a sound safetensors file.
         """
         self = cls(Path(path))
-        for file in _files(self.path, stem):
-            self._read_header(file)
-        if not self.entries:
-            raise MergeError(f"{self.path} holds no tensor")
+        try:
+            for file in _files(self.path, stem):
+                self._read_header(file)
+            if not self.entries:
+                raise MergeError(f"{self.path} holds no tensor")
+            self._check_index()
+        except BaseException:
+            self.close()
+            raise
         return self
+
+    def _check_index(self) -> None:
+        """An index must not name tensors that its files lack."""
+        for index in self.path.glob(f"*{INDEX}") if len(self.files) > 1 else ():
+            if lost := sorted(set(_weight_map(index)) - set(self.entries)):
+                raise MergeError(f"{index} names tensor {lost[0]!r}, which none of its files holds")
 
     def _read_header(self, file: Path) -> None:
         size = file.stat().st_size
@@ -100,7 +111,7 @@ class Checkpoint:
             found = json.loads(header)
             found.pop("__metadata__", None)
             entries = [_entry(name, file, value, 8 + length) for name, value in found.items()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MergeError(f"{file}: its safetensors header cannot be read ({error})") from error
         end = 8 + length
         for entry in sorted(entries, key=lambda e: (e.start, e.stop)):
@@ -205,6 +216,10 @@ def row_dtype(dtype: str) -> type[np.float32] | type[np.uint16]:
     return np.uint16 if dtype == "BF16" else np.float32
 
 
+def _weight_map(index: Path) -> dict[str, Any]:
+    return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+
+
 def _files(path: Path, stem: str | None) -> list[Path]:
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -217,8 +232,8 @@ def _files(path: Path, stem: str | None) -> list[Path]:
     indices = sorted(path.glob(f"{stem or '*'}{INDEX}"))
     if indices:
         try:
-            names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            names = sorted({str(name) for name in _weight_map(indices[0]).values()})
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise MergeError(f"{indices[0]} cannot be read ({error})") from error
         files = [path / Path(name).name for name in names]
     else:
@@ -238,5 +253,7 @@ def _files(path: Path, stem: str | None) -> list[Path]:
 
 def _entry(name: str, file: Path, value: Mapping[str, Any], origin: int) -> Entry:
     first, last = value["data_offsets"]
-    shape = tuple(int(n) for n in value["shape"])
+    shape = tuple(value["shape"])
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"shape {list(shape)} of tensor {name!r}")
     return Entry(name, file, str(value["dtype"]), shape, origin + int(first), origin + int(last))

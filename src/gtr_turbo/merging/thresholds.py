@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gtr_turbo.merging.arrays import INFINITE
 from gtr_turbo.merging.shards import Checkpoint, MergeError
 from gtr_turbo.merging.trim import Cut
 
@@ -62,4 +63,10 @@ def load_thresholds(
         raise MergeError(f"{file} cannot be read ({error}); delete it and merge again") from error
     if of != (density, base.fingerprint(), checkpoint.fingerprint()):
         return None
-    return cuts if set(cuts) == set(checkpoint.entries) else None
+    if set(cuts) != set(checkpoint.entries):
+        return None
+    for name, cut in cuts.items():
+        size = checkpoint.entries[name].size
+        if not (0 <= cut.magnitude < INFINITE and 0 <= cut.need <= size):
+            raise MergeError(f"{file}: the threshold of tensor {name!r} is impossible; delete it")
+    return cuts

@@ -1,0 +1,77 @@
+// The section of curves: which charts, which axis, one cursor for all of them.
+
+const curves = { axis: "steps", shown: "main", charts: [] };
+
+function showCurves() {
+  const body = byId("curves-body");
+  const named = (name) => (own(data.curves.titles, name) ? `${data.curves.titles[name][0]} (${name})` : name);
+  const groups = [...new Set(data.curves.names.map((name) => name.split("/")[0]))];
+  const timed = data.curves.runs.some((run) => run.seconds.some((second) => second !== null));
+  const show = select("Show", [
+    ["main", "Main metrics"],
+    { label: "All of a group", options: groups.map((name) => [`${name}/*`, name]) },
+    { label: "One metric, large", options: data.curves.names.map((name) => [name, named(name)]) },
+  ], (value) => {
+    curves.shown = value;
+    buildCharts();
+  }, { id: "show-metrics" });
+  const axis = el("fieldset", { class: "toggle" }, el("legend", { class: "visually-hidden" }, "Horizontal axis"),
+    ...[["steps", "Environment steps"], ["seconds", "Wall time"]].map(([value, text]) =>
+      el("label", {}, el("input", { type: "radio", name: "axis", value, checked: value === "steps", disabled: value === "seconds" && !timed,
+        onchange: () => {
+          curves.axis = value;
+          curves.charts.forEach((chart) => chart.draw(value));
+        } }), el("span", {}, text))));
+  body.append(
+    el("div", { class: "controls" }, show.field, axis),
+    legend(),
+    el("div", { id: "charts" }),
+    el("output", { id: "curve-live", class: "visually-hidden", "aria-live": "polite" }),
+  );
+  if (data.curves.width > 1) {
+    byId("charts").before(el("p", { class: "muted" }, `Each point is the mean over ${data.curves.width} updates.`));
+  }
+  buildCharts();
+  let width = 0;
+  new ResizeObserver(([entry]) => {
+    if (Math.abs(entry.contentRect.width - width) < 1) return;
+    width = entry.contentRect.width;
+    curves.charts.forEach((chart) => chart.draw(curves.axis));
+  }).observe(byId("charts"));
+}
+
+function legend() {
+  const list = el("ul", { class: "legend", "aria-label": "Legend" });
+  let bands = false;
+  data.curves.groups.forEach((group, g) => {
+    const several = group.runs.length > 1;
+    bands ||= several;
+    const seeds = group.runs.map((run) => data.runs[run].seed);
+    const text = several ? `: mean of ${group.runs.length} seeds (${seeds.map((seed) => plain(seed)).join(", ")})` : "";
+    list.append(el("li", {}, swatch(g), el("span", {}, visible(group.label), text)));
+  });
+  if (bands) list.append(el("li", { class: "muted" }, "band: lowest to highest seed; thin lines: single seeds"));
+  return list;
+}
+
+function buildCharts() {
+  const { names, main } = data.curves;
+  const wanted = curves.shown === "main" ? (main.length ? main : names.slice(0, 12))
+    : curves.shown.endsWith("/*") ? names.filter((name) => name.startsWith(curves.shown.slice(0, -1)))
+    : [curves.shown];
+  let waiting = null;
+  const move = (x, byKey) => {
+    if (waiting === null) requestAnimationFrame(() => {
+      const { x: place, byKey: told, chart } = waiting;
+      waiting = null;
+      curves.charts.forEach((one) => one.point(place));
+      if (told && place !== null) byId("curve-live").textContent = chart.words();
+    });
+    waiting = { x, byKey, chart: curves.charts.find((one) => one.figure.contains(document.activeElement)) || curves.charts[0] };
+  };
+  curves.charts = wanted.map((name) => makeChart(name, move));
+  const box = byId("charts");
+  box.className = wanted.length === 1 ? "charts one" : "charts";
+  box.replaceChildren(...curves.charts.map((chart) => chart.figure));
+  curves.charts.forEach((chart) => chart.draw(curves.axis));
+}
