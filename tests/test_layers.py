@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "gtr_turbo"
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("settings", "trainer", "play", "doctor"),
+    ("settings", "trainer", "play", "doctor", "report"),
     ("evaluate", "sft", "terminal"),
     ("tracking",),
     ("checkpoint",),

@@ -287,6 +287,24 @@ def _merge(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    _no_rest(rest)
+    from gtr_turbo.report import write_report
+
+    runs = [Path(run) for run in options.runs]
+    beside = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
+    out = Path(options.out) if options.out else beside
+    info = write_report(runs, out, episodes=options.episodes)
+    for warning in info.warnings:
+        print(f"note: {warning}", file=sys.stderr)
+    left = f" of {info.episodes + info.left_out}" if info.left_out else ""
+    print(
+        f"written to {info.out}: {info.size / 1e6:.1f} MB, {info.runs} run(s), "
+        f"{info.episodes}{left} episodes, {info.turns} turns"
+    )
+    return 0
+
+
 def _doctor(options: argparse.Namespace, rest: Sequence[str]) -> int:
     _no_rest(rest)
     from gtr_turbo.doctor import examine
@@ -384,6 +402,17 @@ def _parser() -> argparse.ArgumentParser:
     _merge_arguments(
         command("merge", _merge, "Merge checkpoints, full or LoRA, in bounded memory.")
     )
+    report = command("report", _report, "Make one HTML file of runs: curves, settings, replay.")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several are compared")
+    report.add_argument(
+        "--out", metavar="FILE", help="HTML file (default: report.html, in the run if there is one)"
+    )
+    report.add_argument(
+        "--episodes",
+        type=int,
+        metavar="N",
+        help="episodes in the replay, evenly over training (default: as many as fit into 25 MB)",
+    )
     command("doctor", _doctor, "Check that this machine has what a run needs.")
     return parser
 
@@ -458,6 +487,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0, 1 (it failed), 2 (wrong input) or 130 (interrupted)."""
     # idle OpenMP threads spin only briefly: on a busy machine long spinning costs several times the work
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.setdefault(
+        "OPENBLAS_NUM_THREADS", "1"
+    )  # of numpy, in a merge: it has threads of its own
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     options, rest = _parser().parse_known_args(arguments)
@@ -487,8 +519,9 @@ def _go_on(options: argparse.Namespace) -> str:
 def _failed(error: Exception) -> int:
     """Our own errors as one line; anything else is a bug and keeps its traceback."""
     from gtr_turbo.merging.shards import MergeError
+    from gtr_turbo.report import ReportError
 
-    if isinstance(error, MergeError):
+    if isinstance(error, (MergeError, ReportError)):
         print(f"gtr-turbo: {error}", file=sys.stderr)
         return 2
     from gtr_turbo.checkpoint import CheckpointError

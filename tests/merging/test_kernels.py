@@ -199,7 +199,8 @@ def test_zero_changes_are_counted_before_anything_is_dropped(kernels, case):
         rows[k, :moved] += 1.0
     recipe = Recipe(weights=(1.0,) * count, **case)
     _, tally = merged(Rows(rows, base, chunk=700), recipe, kernels)
-    assert tally.zeros.tolist() == [2500, 800, 0][:count]
+    assert tally.counted == (case["method"] not in ("linear", "slerp", "task-arithmetic"))
+    assert tally.zeros.tolist() == ([2500, 800, 0][:count] if tally.counted else [0] * count)
     assert tally.finite
 
 
@@ -235,7 +236,8 @@ def test_the_largest_magnitude_is_known(kernels, case):
     _, tally = merged(
         Rows(rows, NOTHING, chunk=1100), Recipe(weights=(1.0,) * count, **case), kernels
     )
-    assert bits(np.abs(rows).max(axis=1)) == tally.largest.tolist()
+    known = bits(np.abs(rows).max(axis=1)) if tally.counted else [0] * count
+    assert tally.largest.tolist() == known
     assert tally.finite
 
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.tiny import Silent, inputs_of, make_policy, perturb, scripted, settings
 
 from gtr_turbo.checkpoint import own_folder
 from gtr_turbo.collect import Envs, collect
@@ -21,6 +20,7 @@ from gtr_turbo.config import (
 from gtr_turbo.policy.scoring import score
 from gtr_turbo.teacher.imitation import Memory, imitation_loss, splice, teach, write_thoughts
 from gtr_turbo.trainer import train
+from tiny import Silent, inputs_of, make_policy, perturb, scripted, settings
 
 FIELDS = ("cards", "formula", "thoughts", "action")
 TEACHER = '{"cards": [2, 6], "formula": "", "thoughts": "2*6=12", "action": "2"}'
@@ -76,7 +76,7 @@ def replay(answers):
     asked = []
 
     def generate(policy, observed, sampling, generator, *, greedy=False, temperature=None):
-        from tests.tiny import replies
+        from tiny import replies
 
         asked.append((len(observed), temperature))
         return replies(policy, observed, [answers.pop(0) for _ in observed])

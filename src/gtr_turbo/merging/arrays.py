@@ -117,8 +117,9 @@ def combine(
     for k, row in enumerate(rows):
         x = _change(row, base)
         bits = magnitudes(x)
-        zeros[k] += np.count_nonzero(bits == 0)
-        largest[k] = max(largest[k], bits.max(initial=0))
+        if cuts.size or keys.size:
+            zeros[k] += np.count_nonzero(bits == 0)
+            largest[k] = max(largest[k], bits.max(initial=0))
         if cuts.size:
             larger[k] += np.count_nonzero(bits > cuts[k])
             x, quotas[k] = _trim(x, cuts[k], int(quotas[k]))

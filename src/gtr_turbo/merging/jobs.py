@@ -199,6 +199,7 @@ def merge_into(
     context: Context,
     cuts: list[Cut] | None = None,
     base: tuple[Checkpoint, Entry] | None = None,
+    module: str | None = None,
 ) -> Tally:
     """Merge a tensor and write base + lambda * change."""
     factor = context.factor if context.recipe.row.base else np.float32(1)
@@ -217,11 +218,16 @@ def merge_into(
         sink,
         kernels=context.kernels,
         cuts=cuts,
-        seed=int.from_bytes(name.encode(), "little") % (1 << 61),
+        seed=seed_of(module or name),
     )
     if tally.finite and not all(fits):
         raise MergeError(f"tensor {name!r}: the merged change does not fit float32")
     return tally
+
+
+def seed_of(name: str) -> int:
+    """A seed for a tensor, or for an adapted module, whatever form its merge takes."""
+    return int.from_bytes(name.encode(), "little") % ((1 << 61) - 1)
 
 
 def put(
@@ -268,10 +274,9 @@ def put(
 
 def describe(tally: Tally, size: int) -> dict[str, Any]:
     """A tensor in the manifest."""
-    lines: dict[str, Any] = {
-        "entries": size,
-        "zero_fraction": [round(int(z) / max(1, size), 6) for z in tally.zeros],
-    }
+    lines: dict[str, Any] = {"entries": size}
+    if tally.counted:
+        lines["zero_fraction"] = [round(int(zeros) / max(1, size), 6) for zeros in tally.zeros]
     if tally.cuts:
         lines["threshold"] = [
             float(np.uint32(cut.magnitude).view(np.float32)) for cut in tally.cuts

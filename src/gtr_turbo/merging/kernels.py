@@ -215,9 +215,10 @@ def combine(  # noqa: C901 - one fused pass
         bound: of 2**24, the fraction of entries that the drop keeps.
         scale: factor of the entries that the drop keeps.
         at: index of the chunk's first entry in its tensor.
-        zeros: (K,) int64, counts changes equal to zero (before trimming).
+        zeros: (K,) int64, counts changes equal to zero before trimming or dropping; not without either.
         larger: (K,) int64, counts magnitudes above the cut.
-        largest: (K,) uint32, the largest magnitude seen; 0x7F800000 or more is not finite.
+        largest: (K,) uint32, the largest magnitude seen, where `zeros` is counted; 0x7F800000 or more is not
+            finite.
         out: (n,) float32, the merged change.
     """
     number, size = rows.shape
@@ -235,8 +236,10 @@ def combine(  # noqa: C901 - one fused pass
         for k in range(number):
             _change(rows[k, start : start + count], known, x, bits)
             cut = cuts[k] if cuts.size else np.uint32(0)
-            none, equal, more, largest[k] = _survey(bits, count, cut, largest[k])
-            zeros[k] += none
+            equal = more = 0
+            if cuts.size or keys.size:
+                none, equal, more, largest[k] = _survey(bits, count, cut, largest[k])
+                zeros[k] += none
             if cuts.size:
                 quotas[k] = _trim(bits, count, cut, equal, quotas[k])
                 larger[k] += more

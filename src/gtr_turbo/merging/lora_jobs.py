@@ -11,7 +11,7 @@ import numpy as np
 
 from gtr_turbo.merging import arrays, lora
 from gtr_turbo.merging.arrays import Floats, Numbers
-from gtr_turbo.merging.jobs import CHUNK, Context, Job, describe, merge_into, put
+from gtr_turbo.merging.jobs import CHUNK, Context, Job, describe, merge_into, put, seed_of
 from gtr_turbo.merging.methods import Recipe, Rows, Tally, merge_chunks
 from gtr_turbo.merging.shards import ITEMSIZE, Checkpoint, Entry, MergeError, row_dtype
 
@@ -123,7 +123,7 @@ def _dense_run(
 ) -> Callable[[Context], dict[str, Any]]:
     def run(context: Context) -> dict[str, Any]:
         source = lora.Product(adapters, module, CHUNK)
-        tally = merge_into(name, source, context, base=(base, entry))
+        tally = merge_into(name, source, context, base=(base, entry), module=module)
         _check_finite(tally, adapters, module)
         return describe(tally, source.size)
 
@@ -191,7 +191,7 @@ class _Pair:
                 merged[at : at + len(change)] = context.factor * change
 
             tally = merge_chunks(
-                source, context.recipe, sink, kernels=context.kernels, seed=self.number
+                source, context.recipe, sink, kernels=context.kernels, seed=seed_of(self.module)
             )
             _check_finite(tally, self.adapters, self.module)
             self._lines |= describe(tally, source.size)

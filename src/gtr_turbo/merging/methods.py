@@ -140,9 +140,11 @@ class Tally:
     cuts: list[Cut]
     """Of every checkpoint; empty if nothing was trimmed."""
     zeros: NDArray[np.int64]
-    """(K,) changes equal to zero."""
+    """(K,) changes equal to zero; counted where entries are trimmed or dropped."""
     largest: NDArray[np.uint32]
-    """(K,) largest magnitude, as a bit pattern."""
+    """(K,) largest magnitude, as a bit pattern; known where entries are trimmed or dropped, or not finite."""
+    counted: bool
+    """True if `zeros` was counted."""
     finite: bool = True
     """False if a change is infinite or not a number."""
     exact: bool = True
@@ -193,7 +195,8 @@ def merge_chunks(
     keys: NDArray[np.uint64] = np.empty(0, np.uint64)
     if row.thin == "drop" and recipe.density < 1:
         keys = drop_keys(recipe, seed)
-    tally = Tally(cuts, np.zeros(count, np.int64), np.zeros(count, np.uint32))
+    counted = bool(cuts) or keys.size > 0
+    tally = Tally(cuts, np.zeros(count, np.int64), np.zeros(count, np.uint32), counted)
     larger = np.zeros(count, np.int64)
     at = 0
     for rows, base in source.chunks():
@@ -216,6 +219,12 @@ def merge_chunks(
             tally.largest,
             merged,
         )
+        if row.thin == "none" and not np.isfinite(merged).all():
+            # sums carry what is not finite, so only then is it looked for
+            for k, numbers in enumerate(rows):
+                change = arrays.widen(numbers) - arrays.widen(base) if base.size else numbers
+                bits = arrays.magnitudes(arrays.widen(change))
+                tally.largest[k] = max(tally.largest[k], bits.max(initial=0))
         sink(at, base, merged)
         at += len(merged)
     tally.finite = bool((tally.largest < arrays.INFINITE).all())
@@ -273,7 +282,8 @@ class Rows:
     rows: Numbers
     base: Numbers
     exact16: bool = False
-    chunk: int = 1 << 16
+    chunk: int | None = None
+    """None: all at once. Pieces of rows are not contiguous, which costs the kernels half their speed."""
     origin: Path | None = None
 
     def __post_init__(self) -> None:
@@ -281,5 +291,6 @@ class Rows:
 
     def chunks(self) -> Iterator[tuple[Numbers, Numbers]]:
         """Slices."""
-        for at in range(0, self.size, self.chunk):
-            yield self.rows[:, at : at + self.chunk], self.base[at : at + self.chunk]
+        step = self.chunk or max(1, self.size)
+        for at in range(0, self.size, step):
+            yield self.rows[:, at : at + step], self.base[at : at + step]
