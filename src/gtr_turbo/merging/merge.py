@@ -193,7 +193,9 @@ def merge(
             manifest = _manifest(plan, prepared, tensors)
             dense = prepared.base is not None and prepared.config is None
             own = [Path(base)] if base is not None and dense else []
-            copy_companions(next((p for p in (*own, *paths[::-1]) if p.is_dir()), paths[-1]), folder)
+            copy_companions(
+                next((p for p in (*own, *paths[::-1]) if p.is_dir()), paths[-1]), folder
+            )
             if prepared.config is not None:
                 text = json.dumps(prepared.config, indent=2)
                 (folder / "adapter_config.json").write_text(text + "\n")
