@@ -44,14 +44,16 @@ class History:
         alpha = self.config.alpha if ema and self.count else 1.0
         zeros = size = 0
         for name, delta in deltas:
-            zeros += delta.numel() - int(delta.count_nonzero())
             size += delta.numel()
             if self.config.method == "ties":
                 running = self._ties.setdefault(name, RunningTies(delta))
                 if ema and self.count:
                     running.decay(1 - alpha)
                 running.add(delta, alpha, density=self.config.density)
-            elif name in self._mean:
+                zeros += running.zeros
+                continue
+            zeros += delta.numel() - int(delta.count_nonzero())
+            if name in self._mean:
                 step = alpha if ema else 1.0 / (self.count + 1)
                 self._mean[name] += step * (delta - self._mean[name])
             else:
