@@ -6,10 +6,11 @@ import signal
 import pytest
 import yaml
 
-from gtr_turbo import cli
+from gtr_turbo import commands
 from gtr_turbo.checkpoint import folders
+from gtr_turbo.checks import ConfigError
 from gtr_turbo.cli import main
-from gtr_turbo.config import ConfigError, TrainConfig
+from gtr_turbo.config import TrainConfig
 from gtr_turbo.settings import (
     SFT_CONFIGS,
     build_config,
@@ -299,7 +300,7 @@ def test_ctrl_c_before_anything_is_no_traceback(capsys, small, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "read_config", interrupt)
+    monkeypatch.setattr(commands, "read_config", interrupt)
     assert main(["train", "--config", small]) == 130
     assert "interrupted (Ctrl-C)" in capsys.readouterr().err
 

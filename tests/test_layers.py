@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "gtr_turbo"
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("commands",),
     ("settings", "trainer", "play", "doctor", "report"),
     ("evaluate", "sft", "terminal"),
     ("tracking",),
@@ -22,6 +23,8 @@ LAYERS = (
     ("turns", "prompts", "parsing", "learning.losses", "merging"),
     ("sft_config",),
     ("config",),
+    ("teaching_config",),
+    ("checks",),
 )
 """The order, from the top. An entry is a module, or a package with all that is in it."""
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from gtr_turbo.checkpoint import own_folder
-from gtr_turbo.config import EvalConfig, GuidanceConfig, PPOConfig, RolloutConfig
+from gtr_turbo.config import EvalConfig, PPOConfig, RolloutConfig
 from gtr_turbo.envs import make_env
+from gtr_turbo.teaching_config import GuidanceConfig
 from gtr_turbo.trainer import train
 from tiny import Silent, scripted, settings
 

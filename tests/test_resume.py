@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 from gtr_turbo import checkpoint, trainer
 from gtr_turbo.checkpoint import CheckpointError, fingerprint, folders, own_folder, read_state
-from gtr_turbo.config import ModelConfig, TeacherConfig
+from gtr_turbo.config import ModelConfig
 from gtr_turbo.learning.update import make_optimizer
 from gtr_turbo.policy import starter
 from gtr_turbo.teacher.history import History
+from gtr_turbo.teaching_config import TeacherConfig
 from tiny import Silent, make_policy, scripted, settings
 
 

@@ -8,18 +8,17 @@ import torch
 from gtr_turbo.config import (
     EnvConfig,
     EvalConfig,
-    GuidanceConfig,
     ModelConfig,
     PPOConfig,
     RolloutConfig,
     SamplingConfig,
     SaveConfig,
-    TeacherConfig,
     TrainConfig,
 )
 from gtr_turbo.envs import make_env
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.scoring import score
+from gtr_turbo.teaching_config import GuidanceConfig, TeacherConfig
 from gtr_turbo.turns.batch import make_inputs
 from gtr_turbo.turns.turn import Reply
 

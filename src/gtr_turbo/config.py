@@ -6,63 +6,11 @@ property. The resolved config of a run lies in its folder as `config.yaml`.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-
-class ConfigError(ValueError):
-    """A setting that is unknown, of the wrong type, or cannot work."""
-
-
-def suggest(word: str, known: list[str]) -> str:
-    """A sentence to append, "Did you mean 'x'?", if something close is known; else an empty string."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def check_keys(settings: Mapping[str, Any], cls: type, where: str = "") -> None:
-    """Refuse keys that `cls` does not declare, nested ones included.
-
-    Raises:
-        ConfigError: names the key, what is known there, and the closest known key.
-    """
-    known = {f.name: get_type_hints(cls)[f.name] for f in fields(cls)}
-    for key, value in settings.items():
-        if key not in known:
-            raise ConfigError(
-                f"unknown setting {where + key!r}; known{' in ' + where[:-1] if where else ''}: "
-                f"{', '.join(known)}.{suggest(key, list(known))}"
-            )
-        if is_dataclass(known[key]):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{where}{key} must be a group of settings, got {value!r}")
-            check_keys(value, known[key], f"{where}{key}.")
-
-
-def _positive(owner: Any, *names: str) -> None:
-    for name in names:
-        if getattr(owner, name) <= 0:
-            raise ConfigError(f"{_path(owner)}{name}={getattr(owner, name)} must be greater than 0")
-
-
-def _not_negative(owner: Any, *names: str) -> None:
-    for name in names:
-        if getattr(owner, name) < 0:
-            raise ConfigError(f"{_path(owner)}{name}={getattr(owner, name)} must not be negative")
-
-
-def _fraction(owner: Any, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(owner, name) <= 1:
-            raise ConfigError(
-                f"{_path(owner)}{name}={getattr(owner, name)} must be between 0 and 1"
-            )
-
-
-def _path(owner: Any) -> str:
-    return getattr(owner, "_prefix", "")
+from gtr_turbo.checks import ConfigError, fraction, not_negative, positive
+from gtr_turbo.teaching_config import GuidanceConfig, TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +43,7 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, more time."""
 
     def __post_init__(self) -> None:
-        _positive(self, "lora_rank", "lora_alpha")
+        positive(self, "lora_rank", "lora_alpha")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"model.lora_dropout={self.lora_dropout} must be in [0, 1)")
         if self.adapter and self.train != "lora":
@@ -120,7 +68,7 @@ class EnvConfig:
     """Environments stepped side by side, N."""
 
     def __post_init__(self) -> None:
-        _positive(self, "num_envs")
+        positive(self, "num_envs")
         if "split" in self.options:
             raise ConfigError("set env.train_split and env.eval_split, not env.options.split")
 
@@ -141,8 +89,8 @@ class SamplingConfig:
     """A reply is cut here, and is invalid if that leaves its JSON open."""
 
     def __post_init__(self) -> None:
-        _positive(self, "temperature", "repetition_penalty", "max_new_tokens")
-        _not_negative(self, "top_k")
+        positive(self, "temperature", "repetition_penalty", "max_new_tokens")
+        not_negative(self, "top_k")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +111,7 @@ class RolloutConfig:
     """The run stops if sampler and scoring differ by more than this (mean absolute nats per token)."""
 
     def __post_init__(self) -> None:
-        _positive(self, "turns_per_env", "max_logprob_gap")
+        positive(self, "turns_per_env", "max_logprob_gap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,11 +164,11 @@ class PPOConfig:
     """Added to the deviation: keeps a batch without signal from being blown up."""
 
     def __post_init__(self) -> None:
-        _positive(
+        positive(
             self, "lr", "value_lr", "adam_eps", "max_grad_norm", "epochs", "minibatch_turns",
             "microbatch_turns", "clip", "length_scale", "normalize_eps",
         )  # fmt: skip
-        _not_negative(
+        not_negative(
             self,
             "lr_final",
             "weight_decay",
@@ -229,94 +177,12 @@ class PPOConfig:
             "critic_steps",
             "entropy_coef",
         )
-        _fraction(self, "gamma", "gae_lambda")
+        fraction(self, "gamma", "gae_lambda")
         if self.minibatch_turns % self.microbatch_turns:
             raise ConfigError(
                 f"ppo.microbatch_turns={self.microbatch_turns} must divide ppo.minibatch_turns="
                 f"{self.minibatch_turns}"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImitationConfig:
-    """Imitation of the teacher's thoughts; what it writes is collected over the run (DAgger)."""
-
-    _prefix = "guidance.imitation."
-
-    weight: float = 1.0
-    """Of the cross-entropy per token in the loss."""
-    weight_final: float = 1.0
-    """Its value at the end of the run; it changes linearly."""
-    samples: int = 64
-    """Collected turns that join each optimizer step."""
-    limit: int = 0
-    """Newest turns that are kept; 0 keeps all, as published."""
-    temperature: float = 0.2
-    """At which the teacher writes."""
-    temperature_ramp: float = 1.1
-    """Factor of the temperature after an answer that cannot be read."""
-    temperature_max: float = 0.9
-    """Where the ramp ends."""
-    retries: int = 4
-    """New tries for answers that cannot be read; what is left after them is skipped, and counted."""
-
-    def __post_init__(self) -> None:
-        _positive(self, "samples", "temperature", "temperature_ramp", "temperature_max")
-        _not_negative(self, "weight", "weight_final", "limit", "retries")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuidanceConfig:
-    """How the teacher guides the agent's thoughts."""
-
-    _prefix = "guidance."
-
-    kind: Literal["none", "static", "kl", "sft"] = "kl"
-    """`none` is RL4VLM; `kl` penalises the reverse KL to the merge on the thought's tokens, `static` the KL to
-    the starting model; `sft` imitates thoughts that the merge writes for the same observations."""
-    tokens: Literal["thought", "response"] = "thought"
-    """What is guided; the paper guides thoughts only, as guided actions explore less."""
-    estimator: Literal["clip", "k1", "abs", "k3", "full"] = "clip"
-    """KL estimate per token; `full` sums over the whole vocabulary."""
-    credit: Literal["advantage", "reward", "token"] = "advantage"
-    """Where it enters: each turn's advantage (the paper's equation), its reward (the paper's Algorithm 2),
-    or each token's advantage (dense; needs `ppo.ratio: token`)."""
-    monitor: bool = True
-    """With `none`: still measure the KL to the merge, which shows collapse, at the cost of a scoring pass."""
-    beta: float = 5.0
-    """Weight of the KL; 1 is the paper's."""
-    center: bool = True
-    """Subtract the KL's mean over the update first: a penalty that is never negative pushes every reply down."""
-
-    imitation: ImitationConfig = field(default_factory=ImitationConfig)
-    """Of `sft`."""
-
-    def __post_init__(self) -> None:
-        _not_negative(self, "beta")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """The merge of the run's own checkpoints."""
-
-    _prefix = "teacher."
-
-    method: Literal["ties", "linear"] = "ties"
-    """How checkpoints are merged."""
-    density: float = 0.8
-    """TIES keeps this fraction of each change, the largest by magnitude."""
-    weights: Literal["sma", "ema"] = "sma"
-    """All checkpoints alike, or exponentially fewer for older ones."""
-    alpha: float = 0.5
-    """EMA's weight of the newest checkpoint."""
-    interval: int = 1
-    """Updates between merges."""
-
-    def __post_init__(self) -> None:
-        _positive(self, "interval")
-        for name in ("density", "alpha"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"teacher.{name}={getattr(self, name)} must be in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,7 +197,7 @@ class EvalConfig:
     """Further splits to evaluate before and after, such as `held-out-multisets`."""
 
     def __post_init__(self) -> None:
-        _not_negative(self, "episodes")
+        not_negative(self, "episodes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,8 +214,8 @@ class SaveConfig:
     """Episodes stored per update, with their frames."""
 
     def __post_init__(self) -> None:
-        _positive(self, "interval", "keep")
-        _not_negative(self, "trajectories")
+        positive(self, "interval", "keep")
+        not_negative(self, "trajectories")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,8 +247,8 @@ class TrainConfig:
     save: SaveConfig = field(default_factory=SaveConfig)
 
     def __post_init__(self) -> None:
-        _positive(self, "env_steps", "threads")
-        _not_negative(self, "seed")
+        positive(self, "env_steps", "threads")
+        not_negative(self, "seed")
         turns = self.turns_per_update
         if turns % self.ppo.minibatch_turns:
             raise ConfigError(

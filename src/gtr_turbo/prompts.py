@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from gtr_turbo.config import ConfigError
+from gtr_turbo.checks import ConfigError
 
 STYLES = ("full", "compact")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gtr_turbo.config import ConfigError, check_keys, suggest
+from gtr_turbo.checks import ConfigError, check_keys, suggest
 
 CONFIGS = Path(__file__).parent / "configs"
 SFT_CONFIGS = CONFIGS / "sft"

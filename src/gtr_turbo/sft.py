@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gtr_turbo.config import ConfigError
+from gtr_turbo.checks import ConfigError
 from gtr_turbo.envs import make_env
 from gtr_turbo.envs.contract import attribute
 from gtr_turbo.policy import starter

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gtr_turbo.config import ConfigError, ModelConfig, _fraction, _not_negative, _positive
+from gtr_turbo.checks import ConfigError, fraction, not_negative, positive
+from gtr_turbo.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,8 @@ class DemonstrationConfig:
     """Chance that the demonstrated action is replaced by a random legal one; thoughts stay right."""
 
     def __post_init__(self) -> None:
-        _positive(self, "turns")
-        _fraction(self, "noise")
+        positive(self, "turns")
+        fraction(self, "noise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class SFTConfig:
     """Type of the written weights."""
 
     def __post_init__(self) -> None:
-        _positive(self, "steps", "batch_turns", "lr", "threads")
-        _not_negative(self, "vision_steps", "warmup_steps", "weight_decay", "seed")
+        positive(self, "steps", "batch_turns", "lr", "threads")
+        not_negative(self, "vision_steps", "warmup_steps", "weight_decay", "seed")
         if not self.demonstrations:
             raise ConfigError("demonstrations is empty; name at least one environment")

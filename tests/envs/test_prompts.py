@@ -3,7 +3,7 @@ import re
 import pytest
 
 from gtr_turbo import prompts
-from gtr_turbo.config import ConfigError
+from gtr_turbo.checks import ConfigError
 from gtr_turbo.envs import make_env
 from gtr_turbo.envs.cards.drawing import Card
 

@@ -5,11 +5,12 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from gtr_turbo.config import GuidanceConfig, SamplingConfig
+from gtr_turbo.config import SamplingConfig
 from gtr_turbo.learning.losses import ESTIMATORS
 from gtr_turbo.policy.generation import generate
 from gtr_turbo.policy.scoring import score, values
 from gtr_turbo.teacher.guidance import guide
+from gtr_turbo.teaching_config import GuidanceConfig
 from gtr_turbo.turns.batch import Batch, select
 from tiny import inputs_of, make_policy, observations, perturb, replies, responses
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from gtr_turbo.config import TeacherConfig
 from gtr_turbo.merging.methods import Recipe, ema, sma
 from gtr_turbo.merging.tensors import merge_tensors
 from gtr_turbo.teacher.history import History
+from gtr_turbo.teaching_config import TeacherConfig
 
 KINDS = [
     {"method": method, "weights": weights}

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gtr_turbo.config import ConfigError, ModelConfig
+from gtr_turbo.checks import ConfigError
+from gtr_turbo.config import ModelConfig
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.processing import QWEN, Processor
 from gtr_turbo.turns.turn import Observed

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from gtr_turbo.config import GuidanceConfig
 from gtr_turbo.learning import losses
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.scoring import score
+from gtr_turbo.teaching_config import GuidanceConfig
 from gtr_turbo.turns.batch import Batch, by_length, select
 
 

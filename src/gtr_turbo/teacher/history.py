@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from gtr_turbo.config import TeacherConfig
 from gtr_turbo.merging.tensors import RunningTies
+from gtr_turbo.teaching_config import TeacherConfig
 
 
 class History:

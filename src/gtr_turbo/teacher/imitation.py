@@ -22,12 +22,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gtr_turbo.config import GuidanceConfig, ImitationConfig, SamplingConfig
+from gtr_turbo.config import SamplingConfig
 from gtr_turbo.parsing import parse, thought_tokens
 from gtr_turbo.policy.generation import generate
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.processing import Processor
 from gtr_turbo.policy.scoring import score
+from gtr_turbo.teaching_config import GuidanceConfig, ImitationConfig
 from gtr_turbo.turns.batch import by_length, make_inputs, pad, select
 from gtr_turbo.turns.turn import Observed, Turn
 

@@ -1,0 +1,64 @@
+"""What settings are checked with, at birth."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown, of the wrong type, or cannot work."""
+
+
+def suggest(word: str, known: list[str]) -> str:
+    """A sentence to append, "Did you mean 'x'?", if something close is known; else an empty string."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def check_keys(settings: Mapping[str, Any], cls: type, where: str = "") -> None:
+    """Refuse keys that `cls` does not declare, nested ones included.
+
+    Raises:
+        ConfigError: names the key, what is known there, and the closest known key.
+    """
+    known = {f.name: get_type_hints(cls)[f.name] for f in fields(cls)}
+    for key, value in settings.items():
+        if key not in known:
+            raise ConfigError(
+                f"unknown setting {where + key!r}; known{' in ' + where[:-1] if where else ''}: "
+                f"{', '.join(known)}.{suggest(key, list(known))}"
+            )
+        if is_dataclass(known[key]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{where}{key} must be a group of settings, got {value!r}")
+            check_keys(value, known[key], f"{where}{key}.")
+
+
+def positive(owner: Any, *names: str) -> None:
+    """Refuse fields of `owner` that are 0 or less."""
+    for name in names:
+        if getattr(owner, name) <= 0:
+            raise ConfigError(f"{_path(owner)}{name}={getattr(owner, name)} must be greater than 0")
+
+
+def not_negative(owner: Any, *names: str) -> None:
+    """Refuse fields of `owner` that are less than 0."""
+    for name in names:
+        if getattr(owner, name) < 0:
+            raise ConfigError(f"{_path(owner)}{name}={getattr(owner, name)} must not be negative")
+
+
+def fraction(owner: Any, *names: str) -> None:
+    """Refuse fields of `owner` outside 0 to 1."""
+    for name in names:
+        if not 0 <= getattr(owner, name) <= 1:
+            raise ConfigError(
+                f"{_path(owner)}{name}={getattr(owner, name)} must be between 0 and 1"
+            )
+
+
+def _path(owner: Any) -> str:
+    return getattr(owner, "_prefix", "")

@@ -1,0 +1,313 @@
+"""The commands, from parsed options to one call. torch is imported inside them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gtr_turbo.checks import ConfigError
+from gtr_turbo.config import EnvConfig, TrainConfig
+from gtr_turbo.settings import (
+    SFT_CONFIGS,
+    build_config,
+    config_file,
+    dump_config,
+    merge,
+    read_config,
+    read_overrides,
+)
+from gtr_turbo.sft_config import SFTConfig
+
+if TYPE_CHECKING:
+    from gtr_turbo.policy.model import Policy
+
+DEFAULT_CONFIG = "ezpoints"
+
+
+def _new_run(config: TrainConfig) -> Path:
+    if config.run is not None:
+        return Path(config.run)
+    stem = f"runs/{config.name}-seed{config.seed}"
+    number, path = 1, Path(stem)
+    while path.exists():
+        number += 1
+        path = Path(f"{stem}-{number}")
+    return path
+
+
+def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Train an agent."""
+    over = read_overrides(rest)
+    for key in ("run", "seed"):
+        if getattr(options, key) is not None:
+            over[key] = getattr(options, key)
+    stored = Path(options.run) / "config.yaml" if options.run else None
+    if options.resume:
+        if stored is None:
+            raise ConfigError("--resume needs --run DIR, the folder of the run to go on with")
+        if not stored.exists():
+            raise ConfigError(f"cannot resume: {stored} does not exist")
+    source = (
+        stored
+        if options.resume and stored is not None
+        else config_file(options.config or DEFAULT_CONFIG)
+    )
+    settings = read_config(source)
+    if not options.resume:
+        settings.setdefault("name", source.stem)
+    given = over.get("env", {}).get("id")
+    if given is not None and given != settings.get("env", {}).get("id"):
+        # the recipe's options are those of its own environment
+        settings["env"] = {k: v for k, v in settings.get("env", {}).items() if k == "num_envs"}
+        settings["name"] = re.sub(
+            r"\W+", "-", given.rpartition(":")[2].removeprefix("gtr/")
+        ).lower()
+    config: TrainConfig = build_config(TrainConfig, merge(settings, over))
+    if options.print_config:
+        print(dump_config(config), end="")
+        return 0
+    run = _new_run(config)
+    config = replace(config, run=str(run))
+    from gtr_turbo import checkpoint
+    from gtr_turbo.terminal import TerminalView, show_summary
+    from gtr_turbo.trainer import train
+
+    with checkpoint.own_folder(run):
+        if options.resume and not checkpoint.folders(run):
+            raise ConfigError(
+                f"cannot resume: {run} holds no complete checkpoint; start without --resume"
+            )
+        if not options.resume and checkpoint.folders(run):
+            raise ConfigError(
+                f"{run} holds a run already: go on with --resume, or give another --run"
+            )
+        checkpoint.write_atomically(run / "config.yaml", dump_config(config))
+        with TerminalView() as view:
+            summary = train(config, run, view, resume=options.resume)
+        show_summary(view.console, summary)
+    return 0
+
+
+def run_sft(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Make a starting model by imitation."""
+    settings = read_config(config_file(options.config, SFT_CONFIGS)) if options.config else {}
+    over = read_overrides(rest)
+    for key in ("out", "seed"):
+        if getattr(options, key) is not None:
+            over[key] = getattr(options, key)
+    config: SFTConfig = build_config(SFTConfig, merge(settings, over))
+    if options.print_config:
+        print(dump_config(config), end="")
+        return 0
+    from gtr_turbo.sft import train
+
+    def report(row: dict[str, float]) -> None:
+        print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
+
+    print(f"written to {train(config, report)}")
+    return 0
+
+
+def _stored_settings(path: Path, which: str) -> dict[str, Any]:
+    """Settings that lie beside an agent: of its run, or the `recipe.yaml` that `sft` writes.
+
+    Raises:
+        ConfigError: `which` is not there.
+    """
+    from gtr_turbo import checkpoint
+
+    if (path / "config.yaml").exists():
+        settings = read_config(path / "config.yaml")
+        saved = checkpoint.folders(path)
+        if not saved:
+            raise ConfigError(f"{path} is a run without a complete checkpoint; nothing to load")
+        checkpoint.read_state(saved[-1])
+        model = settings.setdefault("model", {})
+        if which == "student" and model.get("train") == "lora":
+            model["adapter"] = str(saved[-1] / "student")
+        else:
+            model |= {"path": str(saved[-1] / which), "train": "full", "adapter": None}
+        return settings
+    if which == "teacher":
+        raise ConfigError(f"{path} is no run folder, so it has no teacher; drop --which teacher")
+    from gtr_turbo.policy.starter import model_folder
+
+    beside = [Path(model_folder(str(path))) / "recipe.yaml"]
+    if path.name in ("student", "teacher"):
+        beside.append(path.resolve().parent.parent.parent / "config.yaml")
+    settings = next((read_config(file) for file in beside if file.exists()), {})
+    return merge(settings, {"model": {"path": str(path), "train": "full", "adapter": None}})
+
+
+def _agent(options: argparse.Namespace) -> tuple[Policy, TrainConfig]:
+    """The agent a path names: a run (its newest student or teacher), or a model; and its config."""
+    settings = _stored_settings(Path(options.agent), options.which)
+    if options.config:
+        model = settings.pop("model", {})
+        settings = merge(read_config(config_file(options.config)), {"model": model})
+    if options.env:
+        env = settings.setdefault("env", {})
+        if (
+            env.get("id", EnvConfig().id) != options.env
+        ):  # of its options only the prompt's style carries over
+            style = env.get("options", {}).get("prompt")
+            env["options"] = {"prompt": style} if style else {}
+        env["id"] = options.env
+    config: TrainConfig = build_config(TrainConfig, settings)
+    from gtr_turbo.policy.model import Policy
+
+    return Policy(config.model, temperature=config.sampling.temperature, seed=config.seed), config
+
+
+def _env_config(options: argparse.Namespace, config: TrainConfig) -> tuple[EnvConfig, str | None]:
+    import yaml
+
+    given = {}
+    for text in options.option or ():
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--option {text!r} must be NAME=VALUE")
+        given[key] = yaml.safe_load(value)
+    env = replace(config.env, options={**config.env.options, **given})
+    return env, None if options.split == "none" else options.split or env.eval_split
+
+
+def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Evaluate an agent."""
+    _no_rest(rest)
+    if options.episodes < 1:
+        raise ConfigError(f"--episodes {options.episodes} must be at least 1")
+    import torch
+
+    from gtr_turbo.evaluate import evaluate
+
+    policy, config = _agent(options)
+    torch.set_num_threads(config.threads)
+    env, split = _env_config(options, config)
+    seed = 0 if options.seed is None else options.seed
+    result = evaluate(
+        policy,
+        env,
+        config.sampling,
+        episodes=options.episodes,
+        split=split,
+        seed=seed,
+        greedy=options.greedy,
+    )
+    summary = {
+        "env": env.id,
+        "split": split,
+        "seed": seed,
+        "which": options.which,
+        "greedy": options.greedy,
+    }
+    summary |= result.summary()
+    if options.records:
+        lines = [json.dumps(record) for record in summary["records"]]
+        Path(options.records).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if options.json:
+        print(json.dumps(summary))
+        return 0
+    from gtr_turbo.terminal import percent
+
+    del summary["records"]
+    print(
+        f"{env.id} ({split}), {len(result.records)} episodes, {'greedy' if options.greedy else 'sampled'}"
+    )
+    low, high = result.interval
+    print(f"success  {percent(result.success)} (95 % interval {percent(low)} to {percent(high)})")
+    print(f"return   {summary['return']:.3f}")
+    print(f"valid    {percent(summary['valid'])}")
+    for name, value in result.facts.items():
+        print(f"{name:<8} {percent(value)}")
+    return 0
+
+
+def run_play(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Show an agent's episodes."""
+    _no_rest(rest)
+    from rich.console import Console
+
+    from gtr_turbo.play import watch
+
+    policy, config = _agent(options)
+    env, split = _env_config(options, config)
+    watch(
+        policy,
+        env,
+        config.sampling,
+        Console(),
+        episodes=options.episodes,
+        split=split,
+        seed=0 if options.seed is None else options.seed,
+        greedy=options.greedy,
+        frames=Path(options.frames) if options.frames else None,
+    )
+    return 0
+
+
+def run_merge(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Merge checkpoints."""
+    _no_rest(rest)
+    from gtr_turbo.merging import merge as merge_checkpoints
+    from gtr_turbo.terminal import MergeView, show_merge
+
+    if not 0 < options.shard_gb < 2**20:
+        raise ConfigError(f"shard size {options.shard_gb} GB must be above 0")
+    given = vars(options).copy()
+    for key in ("command", "run_command", "checkpoints", "out", "json", "shard_gb"):
+        del given[key]
+    with MergeView(quiet=options.json or options.dry_run) as view:
+        report = merge_checkpoints(
+            options.checkpoints,
+            options.out,
+            progress=view.progress,
+            shard_bytes=int(options.shard_gb * 2**30),
+            **given,
+        )
+    if options.json:
+        print(json.dumps({"seconds": report.seconds, **asdict(report.plan), **report.manifest}))
+    else:
+        show_merge(view.console, report)
+    return 0
+
+
+def run_report(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Write the report of runs."""
+    _no_rest(rest)
+    from gtr_turbo.report import write_report
+
+    runs = [Path(run) for run in options.runs]
+    beside = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
+    out = Path(options.out) if options.out else beside
+    info = write_report(runs, out, episodes=options.episodes)
+    for warning in info.warnings:
+        print(f"note: {warning}", file=sys.stderr)
+    left = f" of {info.episodes + info.left_out}" if info.left_out else ""
+    print(
+        f"written to {info.out}: {info.size / 1e6:.1f} MB, {info.runs} run(s), "
+        f"{info.episodes}{left} episodes, {info.turns} turns"
+    )
+    return 0
+
+
+def run_doctor(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Check the machine."""
+    _no_rest(rest)
+    from gtr_turbo.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        print(f"{'ok ' if finding.ok else 'BAD'}  {finding.what:<14} {finding.detail}")
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def _no_rest(rest: Sequence[str]) -> None:
+    if rest:
+        raise ConfigError(f"unknown argument {rest[0]!r}; see --help")
