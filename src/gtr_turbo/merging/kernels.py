@@ -5,93 +5,114 @@ the chunk. Numbers arrive as rows of float32, or of uint16 that hold bfloat16; a
 float32 (`base` of length 0: the rows are changes already). The magnitude of a change is compared as the
 integer pattern of its absolute value, which orders like the value, and makes "equal" exact.
 
-Every kernel walks the chunk in blocks that stay in the first-level cache, and its inner loops vectorise.
-None depends on the number of threads; all release the interpreter's lock.
+Every kernel walks the chunk in blocks that stay in the first-level cache. Loops vectorise: they touch few arrays,
+read floats as patterns without a detour through memory, and the sums of a block lie in one array, as compilers
+give up on proving that five do not overlap. None depends on the number of threads; all release the
+interpreter's lock.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 BLOCK = 512
+PIECE = 128
 MAGNITUDE = np.uint32(0x7FFFFFFF)
+POSITIVE, NEGATIVE, POSITIVE_W, NEGATIVE_W, KEPT = (np.uint64(BLOCK * i) for i in range(5))
+"""Where the parts of a block's sums begin: of positive and negative values, of their weights; and what the
+trim left of the last checkpoint."""
 
 # numpy's division, without Python's exception on zero: that check would keep loops from vectorising
 kernel = njit(nogil=True, cache=True, error_model="numpy")
 
 
-@kernel
-def _widen(row, x, bits):
-    """X = row, as float32; `bits` is the same memory as x, as uint32."""
-    if row.itemsize == 2:
-        for i in range(row.size):
-            bits[i] = np.uint32(row[i]) << np.uint32(16)
-    else:
-        for i in range(row.size):
-            x[i] = row[i]
+@intrinsic
+def _float(context: Any, number: Any) -> Any:
+    """Float32 of a float32, or of uint16 that holds bfloat16."""
+
+    def same(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return arguments[0]
+
+    def shifted(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wide = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return types.float32(number), same if number == types.float32 else shifted
+
+
+@intrinsic
+def _pattern(context: Any, number: Any) -> Any:
+    """Bits of a float32, as uint32."""
+
+    def bitcast(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), bitcast
 
 
 @kernel
-def _change(row, base, x, bits):
-    """X = row - base, as float32."""
-    _widen(row, x, bits)
-    for i in range(base.size):
-        x[i] = x[i] - base[i]
+def _magnitude(x):
+    """Pattern of abs(x)."""
+    return np.uint32(_pattern(x) & MAGNITUDE)
 
 
 @kernel
-def _survey(bits, count, cut, largest):
-    """(how many magnitudes are zero, equal to `cut`, larger; the largest of them and `largest`)."""
-    zeros = equal = larger = np.uint32(0)
-    for i in range(count):
-        pattern = np.uint32(bits[i] & MAGNITUDE)
-        zeros = np.uint32(zeros + np.uint32(pattern == 0))
-        equal = np.uint32(equal + np.uint32(pattern == cut))
-        larger = np.uint32(larger + np.uint32(pattern > cut))
-        largest = pattern if pattern > largest else largest
-    return np.int64(zeros), np.int64(equal), np.int64(larger), largest
+def _widen(row, x):
+    """X = row, as float32."""
+    for i in range(row.size):
+        x[i] = _float(row[i])
 
 
 @kernel
 def upper_histogram(rows, base, counts):
     """Add to counts (K, 32768) int64 how many changes have which upper 15 bits of their magnitude."""
     number, size = rows.shape
-    wide = np.empty(BLOCK, np.float32)
-    wide_bits = wide.view(np.uint32)
-    x = np.empty(BLOCK, np.float32)
-    bits = x.view(np.uint32)
+    known = np.zeros(BLOCK, np.float32)
+    bins = np.empty(BLOCK, np.uint16)
     for start in range(0, size, BLOCK):
         count = min(BLOCK, size - start)
-        if base.size:
-            _widen(base[start : start + count], wide, wide_bits)
-        known = wide[: min(count, base.size)]
+        _widen(base[start : start + count], known)
         for k in range(number):
-            _change(rows[k, start : start + count], known, x, bits)
-            into = counts[k]
+            row, into = rows[k, start : start + count], counts[k]
             for i in range(count):
-                into[(bits[i] >> np.uint32(16)) & np.uint32(0x7FFF)] += 1
+                x = _float(row[i]) - known[i]
+                bins[i] = np.uint16(_magnitude(x) >> np.uint32(16))
+            for i in range(count):
+                into[bins[i]] += 1
 
 
 @kernel
 def lower_histogram(rows, base, upper, counts):
     """Add to counts (K, 65536) int64 the lower 16 bits of magnitudes whose upper bits are upper (K,)."""
     number, size = rows.shape
-    wide = np.empty(BLOCK, np.float32)
-    wide_bits = wide.view(np.uint32)
-    x = np.empty(BLOCK, np.float32)
-    bits = x.view(np.uint32)
+    known = np.zeros(BLOCK, np.float32)
+    patterns = np.empty(PIECE, np.uint32)
     for start in range(0, size, BLOCK):
         count = min(BLOCK, size - start)
-        if base.size:
-            _widen(base[start : start + count], wide, wide_bits)
-        known = wide[: min(count, base.size)]
+        _widen(base[start : start + count], known)
         for k in range(number):
-            _change(rows[k, start : start + count], known, x, bits)
             into, asked = counts[k], upper[k]
-            for i in range(count):
-                if ((bits[i] >> np.uint32(16)) & np.uint32(0x7FFF)) == asked:
-                    into[bits[i] & np.uint32(0xFFFF)] += 1
+            for at in range(0, count, PIECE):
+                piece = min(PIECE, count - at)
+                row = rows[k, start + at : start + at + piece]
+                own = known[at : at + piece]
+                hits = np.uint32(0)
+                for i in range(piece):
+                    pattern = _magnitude(_float(row[i]) - own[i])
+                    patterns[i] = pattern
+                    hits = np.uint32(hits + np.uint32(pattern >> np.uint32(16) == asked))
+                if hits:
+                    found = np.uint64(0)
+                    for i in range(piece):
+                        patterns[found] = patterns[i]
+                        found += np.uint64(patterns[i] >> np.uint32(16) == asked)
+                    for i in range(hits):
+                        into[patterns[i] & np.uint32(0xFFFF)] += 1
 
 
 @kernel
@@ -109,34 +130,25 @@ def descend(counts, rank):
 
 
 @kernel
-def _trim(bits, count, cut, equal, quota):
-    """Zero the entries of a block below `cut`, and those equal to it when `quota` is used up.
-
-    Args:
-        bits: (n,) uint32 of a block.
-        count: entries of the block.
-        cut: pattern.
-        equal: how many are equal to it.
-        quota: how many of these may be kept.
+def _split(row, known, cut, quota):
+    """Where in a block the quota of entries equal to the cut ends.
 
     Returns:
-        what is left of `quota`.
+        (entries before it that are equal to `cut` are kept, those after are not; what is left of the quota).
     """
-    limit = cut
+    if quota == 0:
+        return 0, quota
+    equal = np.uint32(0)
+    for i in range(row.size):
+        equal = np.uint32(equal + np.uint32(_magnitude(_float(row[i]) - known[i]) == cut))
     if equal <= quota:
-        quota -= equal
-    elif quota == 0:
-        limit = np.uint32(cut + np.uint32(1))
-    else:
-        for i in range(count):
-            if (bits[i] & MAGNITUDE) == cut:
-                if quota > 0:
-                    quota -= 1
-                else:
-                    bits[i] = np.uint32(0)
-    for i in range(count):
-        bits[i] = bits[i] if np.uint32(bits[i] & MAGNITUDE) >= limit else np.uint32(0)
-    return quota
+        return row.size, quota - equal
+    for i in range(row.size):
+        if _magnitude(_float(row[i]) - known[i]) == cut:
+            quota -= 1
+            if quota == 0:
+                return i + 1, quota
+    return row.size, quota
 
 
 @kernel
@@ -151,34 +163,63 @@ def _drop(x, count, key, at, bound, scale):
 
 
 @kernel
-def _vote(x, count, weight, mass, positive, negative, positive_w, negative_w):
-    """Add a block to the four sums of TIES: weighted values and masses, by sign."""
-    zero = np.float32(0)  # a loop over few arrays vectorises, one over all of them does not
-    for i in range(count):
-        value = weight * x[i]
-        positive[i] += value if x[i] > zero else zero
-    for i in range(count):
-        value = weight * x[i]
-        negative[i] += value if x[i] < zero else zero
-    for i in range(count):
-        positive_w[i] += mass if x[i] > zero else zero
-    for i in range(count):
-        negative_w[i] += mass if x[i] < zero else zero
+def _vote(row, known, limit, cut, weight, mass, sums):
+    """Add a block's changes to the four sums of TIES; those below the pattern `limit` count as zero.
+
+    Returns:
+        (changes equal to zero, magnitudes above `cut`, largest pattern).
+    """
+    zero = np.float32(0)
+    none = more = most = np.uint32(0)
+    for j in range(row.size):
+        i = np.uint64(j)
+        x = _float(row[i]) - known[i]
+        pattern = _magnitude(x)
+        none = np.uint32(none + np.uint32(pattern == 0))
+        more = np.uint32(more + np.uint32(pattern > cut))
+        most = pattern if pattern > most else most
+        x = x if pattern >= limit else zero
+        value = weight * x
+        sums[POSITIVE + i] += value if x > zero else zero
+        sums[NEGATIVE + i] += value if x < zero else zero
+        sums[POSITIVE_W + i] += mass if x > zero else zero
+        sums[NEGATIVE_W + i] += mass if x < zero else zero
+        sums[KEPT + i] = x
+    return np.int64(none), np.int64(more), most
 
 
 @kernel
-def _elect(count, ballot, positive, negative, positive_w, negative_w, mass, out):
+def _add(row, known, weight, sums):
+    """Add a block's weighted changes to the first of the sums."""
+    for i in range(row.size):
+        sums[i] += weight * (_float(row[i]) - known[i])
+
+
+@kernel
+def _survey(x, count, most):
+    """(how many numbers are zero, the largest pattern of a magnitude among them and `most`)."""
+    none = np.uint32(0)
+    for i in range(count):
+        pattern = _magnitude(x[i])
+        none = np.uint32(none + np.uint32(pattern == 0))
+        most = pattern if pattern > most else most
+    return np.int64(none), most
+
+
+@kernel
+def _elect(count, ballot, sums, out):
     """The mean of the entries of the elected sign; `ballot` decides, a zero counting as positive."""
     zero, one = np.float32(0), np.float32(1)
-    for i in range(count):
-        plus, minus = positive[i], negative[i]
-        out[i] = plus if ballot[i] >= zero else minus
-    for i in range(count):
-        plus, minus = positive_w[i], negative_w[i]
-        mass[i] = plus if ballot[i] >= zero else minus
-    for i in range(count):
-        total = mass[i]
-        out[i] = out[i] / (total if total > zero else one)
+    for j in range(count):
+        i = np.uint64(j)
+        total, other = (
+            sums[POSITIVE + i],
+            sums[NEGATIVE + i],
+        )  # loaded on both ways: a choice, no branch
+        mass, less = sums[POSITIVE_W + i], sums[NEGATIVE_W + i]
+        plus = ballot[i] >= zero
+        total, mass = total if plus else other, mass if plus else less
+        out[i] = total / (mass if mass > zero else one)
 
 
 @kernel
@@ -222,50 +263,56 @@ def combine(  # noqa: C901 - one fused pass
         out: (n,) float32, the merged change.
     """
     number, size = rows.shape
-    wide = np.empty(BLOCK, np.float32)
-    wide_bits = wide.view(np.uint32)
-    x = np.empty(BLOCK, np.float32)
-    bits = x.view(np.uint32)
-    sums = np.empty((5, BLOCK), np.float32)
+    known, x = np.zeros(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    nothing = np.zeros(BLOCK, np.float32)
+    ballot = np.empty(BLOCK, np.float32)
+    sums = np.empty(5 * BLOCK, np.float32)
     for start in range(0, size, BLOCK):
         count = min(BLOCK, size - start)
+        ballot[:] = np.float32(0)
         sums[:] = np.float32(0)
-        if base.size:
-            _widen(base[start : start + count], wide, wide_bits)
-        known = wide[: min(count, base.size)]
+        _widen(base[start : start + count], known)
         for k in range(number):
-            _change(rows[k, start : start + count], known, x, bits)
-            cut = cuts[k] if cuts.size else np.uint32(0)
-            equal = more = 0
-            if cuts.size or keys.size:
-                none, equal, more, largest[k] = _survey(bits, count, cut, largest[k])
-                zeros[k] += none
-            if cuts.size:
-                quotas[k] = _trim(bits, count, cut, equal, quotas[k])
-                larger[k] += more
+            row, weight = rows[k, start : start + count], weights[k]
+            mass = np.float32(1) if unweighted else weight
+            none, more, most = 0, 0, np.uint32(0)
             if keys.size:
-                _drop(x, count, keys[k], at + start, bound, scale)
-            weight = weights[k]
-            if vote:
-                mass = np.float32(1) if unweighted else weight
-                _vote(x, count, weight, mass, sums[0], sums[1], sums[2], sums[3])
-                if unweighted:
-                    for i in range(count):
-                        sums[4, i] += x[i]
-            else:
                 for i in range(count):
-                    sums[0, i] += weight * x[i]
+                    x[i] = _float(row[i]) - known[i]
+                none, most = _survey(x, count, most)
+                _drop(x, count, keys[k], at + start, bound, scale)
+                if vote:
+                    _vote(x[:count], nothing, np.uint32(0), np.uint32(0), weight, mass, sums)
+                else:
+                    _add(x[:count], nothing, weight, sums)
+            elif not vote:
+                _add(row, known, weight, sums)
+            elif not cuts.size:
+                _vote(row, known, np.uint32(0), np.uint32(0), weight, mass, sums)
+            else:
+                cut = cuts[k]
+                split, quotas[k] = _split(row, known, cut, quotas[k])
+                none, more, most = _vote(row[:split], known, cut, cut, weight, mass, sums)
+                if split < count:
+                    rest, above = row[split:], np.uint32(cut + np.uint32(1))
+                    a, b, c = _vote(rest, known[split:], above, cut, weight, mass, sums[split:])
+                    none, more, most = none + a, more + b, max(most, c)
+            zeros[k] += none
+            larger[k] += more
+            largest[k] = max(largest[k], most)
+            if unweighted:
+                for i in range(count):
+                    ballot[i] += sums[KEPT + np.uint64(i)]
         merged = out[start : start + count]
         if vote:
-            ballot = sums[4]
             if not unweighted:
-                for i in range(count):
-                    ballot[i] = sums[0, i] + sums[1, i]
-            _elect(count, ballot, sums[0], sums[1], sums[2], sums[3], x, merged)
+                for j in range(count):
+                    i = np.uint64(j)
+                    ballot[i] = sums[POSITIVE + i] + sums[NEGATIVE + i]
+            _elect(count, ballot, sums, merged)
         else:
-            total = sums[0]
             for i in range(count):
-                merged[i] = total[i] / divisor
+                merged[i] = sums[i] / divisor
 
 
 @kernel
@@ -276,49 +323,37 @@ def accumulate(change, cut, quota, weight, positive, negative, positive_w, negat
         (changes equal to zero, largest magnitude pattern).
     """
     size = change.size
-    x = np.empty(BLOCK, np.float32)
-    bits = x.view(np.uint32)
-    none, most = 0, np.uint32(0)
+    nothing = np.zeros(BLOCK, np.float32)
+    sums = np.empty(5 * BLOCK, np.float32)
+    parts = sums.reshape(5, BLOCK)
+    zeros, most = 0, np.uint32(0)
     for start in range(0, size, BLOCK):
         count = min(BLOCK, size - start)
-        _widen(change[start : start + count], x, bits)
-        zeros, equal, _, most = _survey(bits, count, cut, most)
-        none += zeros
-        quota = _trim(bits, count, cut, equal, quota)
-        _vote(
-            x,
-            count,
-            weight,
-            weight,
-            positive[start : start + count],
-            negative[start : start + count],
-            positive_w[start : start + count],
-            negative_w[start : start + count],
-        )
-    return none, most
+        stop = start + count
+        row = change[start:stop]
+        parts[0, :count], parts[1, :count] = positive[start:stop], negative[start:stop]
+        parts[2, :count], parts[3, :count] = positive_w[start:stop], negative_w[start:stop]
+        split, quota = _split(row, nothing, cut, quota)
+        none, _, above = _vote(row[:split], nothing, cut, cut, weight, weight, sums)
+        zeros, most = zeros + none, max(most, above)
+        rest = np.uint32(cut + np.uint32(1))
+        none, _, above = _vote(row[split:], nothing, rest, cut, weight, weight, sums[split:])
+        zeros, most = zeros + none, max(most, above)
+        positive[start:stop], negative[start:stop] = parts[0, :count], parts[1, :count]
+        positive_w[start:stop], negative_w[start:stop] = parts[2, :count], parts[3, :count]
+    return zeros, most
 
 
 @kernel
 def elect(positive, negative, positive_w, negative_w, out):
     """The merge that running sums stand for; all (n,) float32."""
-    size = out.size
-    ballot, mass = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    for start in range(0, size, BLOCK):
-        count = min(BLOCK, size - start)
-        stop = start + count
-        plus, minus = positive[start:stop], negative[start:stop]
-        for i in range(count):
-            ballot[i] = plus[i] + minus[i]
-        _elect(
-            count,
-            ballot,
-            plus,
-            minus,
-            positive_w[start:stop],
-            negative_w[start:stop],
-            mass,
-            out[start:stop],
-        )
+    zero, one = np.float32(0), np.float32(1)
+    for i in range(out.size):
+        total, other = positive[i], negative[i]
+        mass, less = positive_w[i], negative_w[i]
+        plus = total + other >= zero
+        total, mass = total if plus else other, mass if plus else less
+        out[i] = total / (mass if mass > zero else one)
 
 
 @kernel
@@ -332,20 +367,20 @@ def finish(change, base, factor, out):
         out: (n,) float32, or uint16 that takes bfloat16, rounded to nearest, ties to even.
     """
     size = change.size
-    wide = np.empty(BLOCK, np.float32)
-    wide_bits = wide.view(np.uint32)
+    wide = np.zeros(BLOCK, np.float32)
     x = np.empty(BLOCK, np.float32)
     bits = x.view(np.uint32)
     most = np.uint32(0)
     for start in range(0, size, BLOCK):
         count = min(BLOCK, size - start)
         part, rounded = change[start : start + count], out[start : start + count]
-        for i in range(count):
-            x[i] = factor * part[i]
         if base.size:
-            _widen(base[start : start + count], wide, wide_bits)
+            _widen(base[start : start + count], wide)
             for i in range(count):
-                x[i] = wide[i] + x[i]
+                x[i] = wide[i] + factor * part[i]
+        else:
+            for i in range(count):
+                x[i] = factor * part[i]
         if out.itemsize == 2:
             for i in range(count):
                 pattern = bits[i]
@@ -358,5 +393,5 @@ def finish(change, base, factor, out):
         else:
             for i in range(count):
                 rounded[i] = x[i]
-        most = _survey(bits, count, np.uint32(0), most)[3]
+        most = _survey(x, count, most)[1]
     return most
