@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +22,26 @@ from gtr_turbo.merging.trim import Cut
 
 CHUNK = 1 << 17
 """Entries a thread works on at a time."""
+KEEP = 1 << 24
+"""Bytes; a tensor whose rows take no more is read once and kept for all passes."""
+
+
+Tensor = tuple[Checkpoint, Entry]
+"""A tensor in its files."""
+
+
+class Scratch(threading.local):
+    """Memory that a thread uses again, chunk after chunk: fresh pages cost as much as reading."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, type], Numbers] = {}
+
+    def take(self, name: str, dtype: type, size: int) -> Numbers:
+        """(size,) of undefined numbers; the next call of the thread with this name has the same memory."""
+        held = self._held.get((name, dtype))
+        if held is None or held.size < size:
+            held = self._held[name, dtype] = np.empty(size, dtype)
+        return held[:size]
 
 
 @dataclass
@@ -53,6 +73,7 @@ class Context:
     stop: threading.Event
     thresholds: list[dict[str, Cut] | None]
     """Known ones of each checkpoint."""
+    scratch: Scratch = field(default_factory=Scratch)
 
 
 def full_jobs(
@@ -92,7 +113,7 @@ def full_jobs(
             name,
             dtype or entry.dtype,
             entry.shape,
-            _full_run(name, checkpoints, used),
+            _full_run(name, [(c, c.entries[name]) for c in checkpoints], used),
             sum(
                 c.entries[name].stop - c.entries[name].start
                 for c in (*checkpoints, *([used] if used else []))
@@ -101,17 +122,17 @@ def full_jobs(
 
 
 def _full_run(
-    name: str, checkpoints: Sequence[Checkpoint], base: Checkpoint | None
+    name: str, tensors: Sequence[Tensor], base: Checkpoint | None
 ) -> Callable[[Context], dict[str, Any]]:
     def run(context: Context) -> dict[str, Any]:
-        source = FileRows(name, checkpoints, base, context.stop)
+        known = None if base is None else (base, base.entries[name])
+        source = FileRows(tensors, known, context)
         cuts = _known_cuts(name, source, context)
         tally = merge_into(name, source, context, cuts)
-        for k, checkpoint in enumerate(checkpoints):
-            if tally.largest[k] >= arrays.INFINITE:
+        for largest, (_, entry) in zip(tally.largest, tensors, strict=True):
+            if largest >= arrays.INFINITE:
                 raise MergeError(
-                    f"tensor {name!r} of {checkpoint.entries[name].file} (or of the base) holds a number that "
-                    "is not finite"
+                    f"tensor {name!r} of {entry.file} (or of the base) holds a number that is not finite"
                 )
         if not tally.exact:
             raise MergeError(
@@ -137,57 +158,51 @@ def _known_cuts(name: str, source: FileRows, context: Context) -> list[Cut] | No
 
 
 class FileRows:
-    """A `Source`: one tensor of K checkpoints and base, read from their files."""
+    """A `Source`: one tensor of K checkpoints, of one type, and of a base; read from their files."""
 
-    exact16 = False  # a change of 16-bit numbers is a float32
-
-    def __init__(
-        self,
-        name: str,
-        checkpoints: Sequence[Checkpoint],
-        base: Checkpoint | None,
-        stop: threading.Event,
-        chunk: int = CHUNK,
-    ) -> None:
-        self._name, self._checkpoints, self._base, self._stop = name, checkpoints, base, stop
-        self._chunk = chunk
-        entry = checkpoints[0].entries[name]
-        self.count, self.size = len(checkpoints), entry.size
+    def __init__(self, tensors: Sequence[Tensor], base: Tensor | None, context: Context) -> None:
+        self._tensors, self._base, self._context = tensors, base, context
+        entry = tensors[0][1]
+        self.count, self.size = len(tensors), entry.size
         self._dtype = row_dtype(entry.dtype)
-        self.origin = None if base is None else base.entries[name].file
+        # differences of 16-bit numbers are none
+        self.exact16 = base is None and entry.dtype == "BF16"
+        self.origin = None if base is None else base[1].file
         self._kept: tuple[Numbers, Numbers] | None = None
 
     def only(self, which: Sequence[int]) -> FileRows:
         """The same tensor of some of the checkpoints."""
-        chosen = [self._checkpoints[k] for k in which]
-        return FileRows(self._name, chosen, self._base, self._stop, self._chunk)
+        return FileRows([self._tensors[k] for k in which], self._base, self._context)
 
     def _buffers(self, size: int) -> tuple[Numbers, Numbers]:
-        rows: Numbers = np.empty((self.count, size), self._dtype)
+        rows = self._context.scratch.take("rows", self._dtype, self.count * size).reshape(
+            self.count, size
+        )
         if self._base is None:
-            return rows, np.empty(0, self._dtype)
-        return rows, np.empty(size, row_dtype(self._base.entries[self._name].dtype))
+            return rows, rows[0, :0]
+        return rows, self._context.scratch.take("base", row_dtype(self._base[1].dtype), size)
 
     def _read(self, first: int, rows: Numbers, base: Numbers) -> None:
-        if self._stop.is_set():
+        if self._context.stop.is_set():
             raise KeyboardInterrupt
-        for checkpoint, row in zip(self._checkpoints, rows, strict=True):
-            checkpoint.read(checkpoint.entries[self._name], first, row)
+        for (checkpoint, entry), row in zip(self._tensors, rows, strict=True):
+            checkpoint.read(entry, first, row)
         if self._base is not None:
-            self._base.read(self._base.entries[self._name], first, base)
+            self._base[0].read(self._base[1], first, base)
 
     def chunks(self) -> Iterator[tuple[Numbers, Numbers]]:
-        """Pieces of the files; a tensor of one piece is read once."""
-        if self._kept is None and self.size <= self._chunk:
+        """Pieces of the files; a small tensor is read once, as one."""
+        small = self.count * self.size * np.dtype(self._dtype).itemsize <= KEEP
+        if self._kept is None and small:
             self._kept = self._buffers(self.size)
             self._read(0, *self._kept)
         if self._kept is not None:
             yield self._kept
             return
-        rows, base = self._buffers(self._chunk)
-        for first in range(0, self.size, self._chunk):
-            count = min(self._chunk, self.size - first)
-            if count < self._chunk:
+        rows, base = self._buffers(CHUNK)
+        for first in range(0, self.size, CHUNK):
+            count = min(CHUNK, self.size - first)
+            if count < CHUNK:
                 rows, base = self._buffers(count)
             self._read(first, rows, base)
             yield rows, base
@@ -198,7 +213,7 @@ def merge_into(
     source: Source,
     context: Context,
     cuts: list[Cut] | None = None,
-    base: tuple[Checkpoint, Entry] | None = None,
+    base: Tensor | None = None,
     module: str | None = None,
 ) -> Tally:
     """Merge a tensor and write base + lambda * change."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from gtr_turbo.merging import arrays, lora
 from gtr_turbo.merging.arrays import Floats, Numbers
-from gtr_turbo.merging.jobs import CHUNK, Context, Job, describe, merge_into, put, seed_of
-from gtr_turbo.merging.methods import Recipe, Rows, Tally, merge_chunks
+from gtr_turbo.merging.jobs import CHUNK, Context, FileRows, Job, describe, merge_into, put, seed_of
+from gtr_turbo.merging.methods import Recipe, Tally, merge_chunks
 from gtr_turbo.merging.shards import ITEMSIZE, Checkpoint, Entry, MergeError, row_dtype
 
 FORMS = ("dense", "adapter", "cat", "factors")
@@ -50,7 +50,12 @@ def lora_jobs(
         for side, shape in shapes.items():
             key = f"base_model.model.{name}.lora_{side}.weight"
             read = sum(getattr(a.modules[name], side.lower()).size * 4 for a in adapters)
-            jobs.append(Job(key, dtype or "F32", shape, pair.job(side, key), read))
+            run = (
+                pair.job(side, key)
+                if form != "factors"
+                else _factor_run(key, adapters, name, side, recipe)
+            )
+            jobs.append(Job(key, dtype or "F32", shape, run, read))
     return jobs, lora.merged_config(adapters, size)
 
 
@@ -130,6 +135,24 @@ def _dense_run(
     return run
 
 
+def _factor_run(
+    key: str, adapters: Sequence[lora.Adapter], module: str, side: str, recipe: Recipe
+) -> Callable[[Context], dict[str, Any]]:
+    """One factor, merged apart from the other."""
+    tensors = [(a.weights, getattr(a.modules[module], side.lower())) for a in adapters]
+    if len({entry.dtype for _, entry in tensors}) > 1:
+        raise MergeError(f"module {module!r}: factors of different dtypes")
+    recipe = lora.parity_recipe(recipe, adapters, module)
+
+    def run(context: Context) -> dict[str, Any]:
+        source = FileRows(tensors, None, context)
+        tally = merge_into(key, source, replace(context, recipe=recipe))
+        _check_finite(tally, adapters, module)
+        return describe(tally, source.size)
+
+    return run
+
+
 def _check_finite(tally: Tally, adapters: Sequence[lora.Adapter], module: str) -> None:
     for largest, adapter in zip(tally.largest, adapters, strict=True):
         if largest >= arrays.INFINITE:
@@ -170,9 +193,6 @@ class _Pair:
     def _make(self, context: Context) -> None:
         if context.stop.is_set():
             raise KeyboardInterrupt
-        if self.form == "factors":
-            self._made = self._factors(context)
-            return
         if self.form == "cat":
             weights = np.array(self.recipe.weights) * self.lam
             if self.recipe.row.combine == "mean":
@@ -205,24 +225,3 @@ class _Pair:
                 f"more than {self.max_lost:.1%}. Give a larger rank, or form dense, or a larger bound."
             )
         self._made = {"A": a, "B": b}
-
-    def _factors(self, context: Context) -> dict[str, Floats]:
-        made = {}
-        recipe = lora.parity_recipe(self.recipe, self.adapters, self.module)
-        for side in ("A", "B"):
-            entries = [getattr(a.modules[self.module], side.lower()) for a in self.adapters]
-            if len({entry.dtype for entry in entries}) > 1:
-                raise MergeError(f"module {self.module!r}: factors of different dtypes")
-            rows: Numbers = np.empty((len(entries), entries[0].size), row_dtype(entries[0].dtype))
-            for adapter, entry, row in zip(self.adapters, entries, rows, strict=True):
-                adapter.weights.read(entry, 0, row)
-            merged = np.empty(entries[0].size, np.float32)
-
-            def sink(at: int, base: Numbers, change: Floats, into: Floats = merged) -> None:
-                into[at : at + len(change)] = change
-
-            source = Rows(rows, rows[0, :0], exact16=entries[0].dtype == "BF16")
-            tally = merge_chunks(source, recipe, sink, kernels=context.kernels)
-            _check_finite(tally, self.adapters, self.module)
-            made[side] = merged.reshape(entries[0].shape)
-        return made

@@ -21,7 +21,7 @@ import numpy as np
 
 from gtr_turbo import __version__
 from gtr_turbo.merging import lora
-from gtr_turbo.merging.jobs import CHUNK, Context, Job, full_jobs
+from gtr_turbo.merging.jobs import CHUNK, KEEP, Context, Job, full_jobs
 from gtr_turbo.merging.lora_jobs import lora_jobs
 from gtr_turbo.merging.methods import METHODS, Recipe, ema, sma
 from gtr_turbo.merging.output import Writer, copy_companions, new_folder
@@ -317,7 +317,10 @@ def _run(
 
 def _memory(jobs: Sequence[Job], count: int, threads: int, *, whole: bool) -> int:
     """What a merge allocates at most: chunks and histograms of each thread; whole modules of a low-rank form."""
-    most = threads * (4 * CHUNK * (count + 3) + 8 * count * (1 << 16))
+    rows = max(
+        4 * CHUNK * (count + 1), 2 * KEEP
+    )  # with those of the base, which no one kept is larger than
+    most = threads * (rows + 2 * 4 * max(CHUNK, KEEP // (2 * count)) + 8 * count * (1 << 16))
     if whole:
         most += threads * 4 * (count + 4) * max(job.size for job in jobs)
     return most
