@@ -154,6 +154,10 @@ class TerminalView:
             self.console.print(line, soft_wrap=True, markup=False, highlight=False)
         self._show()
 
+    def note(self, text: str) -> None:
+        """Print a line, above the live display if there is one."""
+        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
 
 def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """The table at the end of a run."""

@@ -52,6 +52,7 @@ GUIDANCE = {
     "kl": "KL to the merge",
     "static": "KL to the starting model",
     "sft": "imitation of the merge",
+    "external": "imitation of an external corrector (GTR)",
 }
 """What `guidance.kind` means."""
 

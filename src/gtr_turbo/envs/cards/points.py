@@ -27,7 +27,8 @@ from gtr_turbo.envs.cards.plans import (
     show_step,
     trace,
 )
-from gtr_turbo.envs.contract import SPLITS, AnyText, ContractError, observation_space
+from gtr_turbo.envs.cards.solver import solver
+from gtr_turbo.envs.contract import SPLITS, AnyText, ContractError, Tool, observation_space
 
 NUMBERS = tuple(str(n) for n in range(1, 11))
 GRANULARITIES = ("token", "reduction", "formula")
@@ -39,6 +40,7 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 - Gymnasium's name and form
     fields = ("cards", "formula", "thoughts", "action")
     name: ClassVar[str]
+    count: ClassVar[int]
     goal: ClassVar[int]
     operators: ClassVar[str]
     symbols: ClassVar[tuple[str, ...]]
@@ -208,6 +210,20 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
             info["actions"] = [*self._reductions(), "="]
         return info
 
+    # -- for a corrector -----------------------------------------------------------------------
+
+    @property
+    def field_schemas(self) -> dict[str, Any]:
+        """`cards` is a list, of values in the compact form and of ranks in the published one."""
+        return {
+            "cards": {"type": "array", "items": {"type": "integer" if self._compact else "string"}}
+        }
+
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        """The exact solver."""
+        return (solver(self.count, self.goal, self.operators, self.granularity),)
+
     # -- facts about a reply, and an expert ----------------------------------------------------
 
     def judge(self, reply: Mapping[str, Any]) -> dict[str, bool]:
@@ -334,7 +350,7 @@ class EZPointsEnv(PointsEnv):
         split: `all`, `train` or `held-out`.
     """
 
-    name, goal, operators, max_length = "EZPoints", 12, "+*", 5
+    name, count, goal, operators, max_length = "EZPoints", 2, 12, "+*", 5
     symbols = ("+", "*")
     splits = ("all", "train", "held-out")
 
@@ -386,7 +402,7 @@ class Points24Env(PointsEnv):
         solving: chance that a demonstration's plan reaches 24 (`reduction`, `formula`).
     """
 
-    name, goal, operators, max_length = "Points24", 24, "+-*/", 20
+    name, count, goal, operators, max_length = "Points24", 4, 24, "+-*/", 20
     symbols = ("+", "-", "*", "/", "(", ")")
     splits = SPLITS
 
