@@ -8,15 +8,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
 
-import solver_corrector  # noqa: E402
+import solver_corrector
 
-from gtr_turbo.teaching_config import BudgetConfig, ExternalConfig  # noqa: E402
+from gtr_turbo.teaching_config import BudgetConfig, ExternalConfig
 
 
 class Scripted(solver_corrector.Handler):
     """Each request for a completion takes the next fault of the script; "ok" and the end answer properly."""
 
-    def do_POST(self):
+    def do_POST(self):  # noqa: N802 - http.server's name
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
@@ -26,7 +26,7 @@ class Scripted(solver_corrector.Handler):
         if fault == "ok":
             message = solver_corrector.complete(body)
             answer = solver_corrector.completion(body, message)
-            self.reply(200, server.change(answer))
+            self.reply(200, answer)
         elif fault == "drop":
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{")
             self.close_connection = True
@@ -38,8 +38,10 @@ class Scripted(solver_corrector.Handler):
         elif fault == "garbage":
             self.send(200, b'{"choices": [', {"Content-Type": "application/json"})
         elif isinstance(fault, tuple):
-            status, headers, text = fault
-            self.send(status, json.dumps({"error": {"message": text}}).encode(), headers)
+            status, headers, error = fault
+            error = error if isinstance(error, dict) else {"message": error}
+            data = json.dumps({"error": error}).encode()
+            self.send(status, data, {"Content-Type": "application/json", **headers})
         else:
             self.reply(200, fault)
 
@@ -58,7 +60,6 @@ def endpoint(*script, after="ok"):
     server = solver_corrector.serve(handler=Scripted)
     server.script, server.after, server.lock = list(script), after, threading.Lock()
     server.requests, server.keys, server.wake = [], [], threading.Event()
-    server.change = lambda answer: answer
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

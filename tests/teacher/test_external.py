@@ -39,13 +39,15 @@ def policy(tiny):
 
 @pytest.fixture(scope="module")
 def turns(policy):
-    """Six valid turns of EZPoints, by script; their thought is 2*6=12 whatever the cards are."""
+    """Six valid turns of EZPoints, all different, by script; they think 2*6=12 whatever the cards are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gtr_turbo.collect.generate", scripted)
-        envs = Envs(EnvConfig(options={"prompt": "compact"}, num_envs=3), "train", 0)
+        envs = Envs(EnvConfig(options={"prompt": "compact"}, num_envs=6), "train", 0)
         envs.start()
         rollout = RolloutConfig(turns_per_env=2)
-        return collect(envs, policy, SamplingConfig(), rollout, torch.Generator().manual_seed(0))
+        made = collect(envs, policy, SamplingConfig(), rollout, torch.Generator().manual_seed(0))
+    different = {(turn.prompt, turn.observed.frame.tobytes()): turn for turn in made}
+    return list(different.values())[:6]
 
 
 @pytest.fixture
@@ -101,9 +103,6 @@ def test_a_tool_is_called_and_its_result_is_sent_back(turns, tools, tmp_path):
     assert json.loads(result["content"]) == tools[0].run(arguments)
     assert answer["thought"]["thoughts"] == tools[0].run(arguments)["plan"]
     assert asked.metrics()["external/calls"] == 2
-
-
-CALL = {"id": "a", "type": "function", "function": {"name": "solve", "arguments": "{}"}}
 
 
 def calling(name="solve", arguments="{}"):
@@ -257,30 +256,17 @@ def test_a_wrong_key_or_model_stops_at_once_and_says_what_to_do(turns, tmp_path,
 
 
 def test_an_account_without_credit_stops_at_once(turns, tmp_path):
-    error = {"error": {"message": "no money", "code": "insufficient_quota"}}
-    with endpoint() as server:
-        reply = solver_status(429, error)
-        server.RequestHandlerClass = reply
-        with pytest.raises(ConfigError, match="no credit left"):
-            corrector(server, tmp_path).ask(turns, 1)
-
-
-def solver_status(status, error):
-    """A handler that answers everything with one status and body."""
-
-    class Always(endpoints.Scripted):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.reply(status, error)
-
-    return Always
+    error = {"message": "no money", "code": "insufficient_quota"}
+    with endpoint((429, {}, error)) as server, pytest.raises(ConfigError, match="no credit left"):
+        corrector(server, tmp_path).ask(turns, 1)
+    assert len(server.requests) == 1
 
 
 def test_an_endpoint_that_rejects_every_request_stops_the_run(turns, tmp_path):
-    with endpoint(after=(400, {}, "no pictures")) as server:
-        with pytest.raises(ConfigError, match="rejected every request"):
-            corrector(server, tmp_path).ask(turns, 1)
-    assert len(server.requests) == 1  # concurrency is 1: the others are not tried
+    fault = (400, {}, "no pictures")
+    with endpoint(after=fault) as server, pytest.raises(ConfigError, match="rejected every"):
+        corrector(server, tmp_path).ask(turns, 1)
+    assert len(server.requests) == 1  # concurrency is 1, so the others are not tried
 
 
 def test_one_rejected_request_is_skipped_without_another_try(turns, tmp_path):

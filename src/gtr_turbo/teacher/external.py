@@ -113,7 +113,7 @@ class Corrector:
             for key, body in zip(keys, bodies, strict=True)
             if key not in self.ledger.answers
         }
-        self._counts["known"] = sum(key not in fresh for key in keys)
+        self._counts["known"] = len(keys) - len(fresh)
         with (
             Endpoint(self._config) as endpoint,
             ThreadPoolExecutor(self._config.concurrency) as pool,
@@ -209,7 +209,7 @@ class Corrector:
     ) -> Mapping[str, Any] | None:
         messages = list(body["messages"])
         tries = rounds = 0
-        while not self._halt.is_set():
+        while not self._halt.is_set() and (tries or rounds or not self._hopeless()):
             try:
                 last = {"tool_choice": "none"} if self._tools and rounds == self._rounds else {}
                 message = endpoint.send({**body, "messages": messages, **last}, tally)
