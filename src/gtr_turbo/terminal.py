@@ -41,6 +41,8 @@ SHOWN = (
     ("teacher's age", "teacher/age", "{:.0f}"),
     ("distance from the start", "teacher/student_distance", "{:.2f}"),
     ("critic explains", "critic/explained_variance", "{:.1%}"),
+    ("turns not corrected", "external/skipped", "{:.0f}"),
+    ("dollars so far", "external/dollars", "{:.2f}"),
 )
 
 

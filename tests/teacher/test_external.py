@@ -345,6 +345,23 @@ def test_a_question_is_paid_once_a_run(turns, tmp_path):
     assert again.ledger.spent.calls == 2
 
 
+def test_an_interrupt_keeps_what_was_answered(turns, tmp_path, monkeypatch):
+    with endpoint() as server:
+        asked = corrector(server, tmp_path)
+        begin, begun = asked.ledger.begin, []
+
+        def interrupted():
+            begun.append(1)
+            if len(begun) == 3:
+                raise KeyboardInterrupt
+            return begin()
+
+        monkeypatch.setattr(asked.ledger, "begin", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            asked.ask(turns, 1)
+        assert len(corrector(server, tmp_path).ledger.answers) == len(server.requests) == 2
+
+
 def test_costs_are_added_up_over_all_that_was_sent(turns, tmp_path):
     usage = {"usage": {"prompt_tokens": 1000, "completion_tokens": 100}}
     with endpoint(says("no") | usage, says(ANSWER) | usage) as server:

@@ -182,6 +182,15 @@ def _check_step(name: str, env: Env, action: str) -> tuple[Any, bool]:
     return observation, done
 
 
+def _check_for_corrector(name: str, env: Env, fields: Sequence[str]) -> None:
+    if wrong := [tool for tool in attribute(env, "tools") or () if not isinstance(tool, Tool)]:
+        raise ContractError(f"{name}: `tools` must be `contract.Tool` objects, got {wrong[0]!r}")
+    if unknown := set(attribute(env, "field_schemas") or {}) - set(fields):
+        raise ContractError(
+            f"{name}: `field_schemas` names {sorted(unknown)}, which are not among its fields {fields}"
+        )
+
+
 def check_env(env: Env | str, *, episodes: int = 3, max_turns: int = 200) -> None:
     """Play an environment and verify the contract of this module.
 
@@ -202,6 +211,7 @@ def check_env(env: Env | str, *, episodes: int = 3, max_turns: int = 200) -> Non
             f"{name}: class attribute `fields` must be a tuple of JSON keys with 'action' last, "
             f"got {fields!r}"
         )
+    _check_for_corrector(name, env, fields)
     first, info = env.reset(seed=7)
     _check_observation(name, first)
     again, _ = env.reset(seed=7)

@@ -24,6 +24,8 @@ FAULTS = (
 )  # fmt: skip
 """All kinds (docs/external.md)."""
 
+SHORTEST_KEY = 8  # a shorter one is a placeholder ("none"), and could be part of an innocent word
+
 
 class Endpoint:
     """Where the corrector is; a context manager, safe to use from several threads."""
@@ -99,7 +101,9 @@ class Endpoint:
             raise AnswerError("connection") from None
         finally:
             tally["microseconds"] += round(1e6 * (time.monotonic() - began))
-        completion = loads(text.replace(self._key, "[key]") if self._key else text)
+        if len(self._key) >= SHORTEST_KEY:
+            text = text.replace(self._key, "[key]")
+        completion = loads(text)
         self._count_tokens(completion, tally)
         return read_choice(completion)
 
@@ -131,7 +135,8 @@ class Endpoint:
             "guidance.external.base_url or guidance.external.model",
         }
         return ConfigError(
-            f"{config.base_url} answered {status}: {why[status]}. Then go on with --resume"
+            f"{config.base_url} answered {status}: {why[status]}. Then go on with --resume (without it, if "
+            "there is no checkpoint yet)"
         )
 
     def _count_tokens(self, completion: Any, tally: Counter[str]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from gtr_turbo import prompts
 from gtr_turbo.envs.cards import deals, drawing, formula
 from gtr_turbo.envs.cards.drawing import Card
-from gtr_turbo.envs.cards.formula import Solution, Step
+from gtr_turbo.envs.cards.formula import Step
 from gtr_turbo.envs.cards.plans import (
     as_formula,
     evaluates_to,
@@ -27,7 +27,7 @@ from gtr_turbo.envs.cards.plans import (
     show_step,
     trace,
 )
-from gtr_turbo.envs.cards.solver import solver
+from gtr_turbo.envs.cards.solver import fitting, solver
 from gtr_turbo.envs.contract import SPLITS, AnyText, ContractError, Tool, observation_space
 
 NUMBERS = tuple(str(n) for n in range(1, 11))
@@ -303,10 +303,10 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
         return tuple(steps)
 
     def _demonstrate_token(self, rng: np.random.Generator) -> tuple[str, str]:
-        fitting = self._fitting(tuple(self.tokens), tuple(self.numbers))
-        if not fitting:
+        ways = fitting(self.tokens, self.numbers, self.goal, self.operators)[:4]
+        if not ways:
             return "no way", "="
-        plan = fitting[rng.integers(len(fitting))]
+        plan = ways[rng.integers(len(ways))]
         action = [*plan.tokens, "="][len(self.tokens)]
         thoughts = f"{plan.formula}={self.goal}"
         if not self._compact:
@@ -316,16 +316,6 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
                 f"{thoughts} reaches the goal, so '{action}' comes next."
             )
         return thoughts, action
-
-    @classmethod
-    def _fitting(cls, tokens: tuple[str, ...], numbers: tuple[int, ...]) -> list[Solution]:
-        """Solutions that begin with `tokens`; from an empty formula only the shortest ones."""
-        found = {
-            solution.formula: solution
-            for solution in formula.solutions(numbers, cls.goal, cls.operators)
-            if tuple(solution.tokens[: len(tokens)]) == tokens
-        }
-        return sorted(found.values(), key=lambda s: (len(s.formula), s.formula))[:4]
 
 
 class EZPointsEnv(PointsEnv):

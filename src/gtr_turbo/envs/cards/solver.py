@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from gtr_turbo.envs.cards import drawing, formula
+from gtr_turbo.envs.cards.formula import Solution
 from gtr_turbo.envs.cards.plans import (
     as_formula,
     holds,
@@ -21,24 +22,16 @@ from gtr_turbo.envs.contract import Tool
 MAX_TEXT = 200  # characters of a formula
 
 
-def continue_tokens(
-    numbers: Sequence[int], text: str, goal: int, operators: str
-) -> tuple[str, str] | None:
-    """The shortest formula of `goal` that begins with the tokens of `text`, and the token that comes next.
-
-    Returns:
-        `("(7+5-9)*8=24", "7")`; None if no formula begins so.
-    """
-    tokens = formula.tokenize(text)
+def fitting(
+    tokens: Sequence[str], numbers: Sequence[int], goal: int, operators: str
+) -> list[Solution]:
+    """Solutions that begin with `tokens`, one for each formula, the shortest first."""
     found = {
-        solution.formula
+        solution.formula: solution
         for solution in formula.solutions(numbers, goal, operators)
-        if solution.tokens[: len(tokens)] == tokens
+        if solution.tokens[: len(tokens)] == list(tokens)
     }
-    if not found:
-        return None
-    best = min(found, key=lambda way: (len(way), way))
-    return f"{best}={goal}", [*formula.tokenize(best), "="][len(tokens)]
+    return sorted(found.values(), key=lambda s: (len(s.formula), s.formula))
 
 
 def after_steps(numbers: Sequence[int], text: str) -> tuple[Fraction, ...]:
@@ -102,8 +95,9 @@ def solver(count: int, goal: int, operators: str, granularity: str) -> Tool:
             raise ValueError(f"the formula has {len(text)} characters; at most {MAX_TEXT} are read")
         numbers = [min(drawing.RANKS.index(card) + 1, 10) for card in cards]
         if granularity == "token":
-            found = continue_tokens(numbers, text, goal, operators)
-            return _told(found)
+            tokens = formula.tokenize(text)
+            best = next(iter(fitting(tokens, numbers, goal, operators)), None)
+            return _told(best and (f"{best.formula}={goal}", [*best.tokens, "="][len(tokens)]))
         way = continue_steps(numbers, text if granularity == "reduction" else "", goal, operators)
         return _told(way and (way[0], way[1] if granularity == "reduction" else way[2]))
 
