@@ -8,12 +8,20 @@ import pytest
 from gtr_turbo.checkpoint import own_folder
 from gtr_turbo.config import EvalConfig, PPOConfig, RolloutConfig
 from gtr_turbo.envs import make_env
+from gtr_turbo.teacher.endpoint import FAULTS
 from gtr_turbo.teaching_config import GuidanceConfig
 from gtr_turbo.trainer import train
 from tiny import Silent, scripted, settings
 
 PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
 OTHER_ENVIRONMENTS = {"judge/arithmetic"}  # Points24; EZPoints writes no steps
+EXTERNAL = {f"external/failed_{kind}" for kind in FAULTS} | {
+    f"external/{name}"
+    for name in (
+        "asked", "known", "skipped", "unusable", "corrected", "agreed", "calls", "retries",
+        "bad_tool_calls", "tokens_in", "tokens_out", "latency", "calls_so_far", "dollars",
+    )
+}  # fmt: skip
 IMITATION = {f"imitation/{name}" for name in ("asked", "written", "tries", "collected", "loss")}
 
 
@@ -52,7 +60,7 @@ def test_every_name_is_documented_once_and_logged(run):
     for section, logged in (
         (
             "Rows of metrics.jsonl",
-            set(only(run / "metrics.jsonl")) | OTHER_ENVIRONMENTS | IMITATION,
+            set(only(run / "metrics.jsonl")) | OTHER_ENVIRONMENTS | IMITATION | EXTERNAL,
         ),
         ("summary.json", set(json.loads((run / "summary.json").read_text()))),
         ("trajectories/NNNNNN.jsonl", set(only(run / "trajectories" / "000001.jsonl"))),

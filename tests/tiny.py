@@ -113,7 +113,7 @@ class Silent:
     """A view that shows nothing."""
 
     def __init__(self):
-        self.rows = []
+        self.rows, self.notes = [], []
 
     def started(self, config, run, update):
         pass
@@ -123,3 +123,6 @@ class Silent:
 
     def updated(self, row):
         self.rows.append(dict(row))
+
+    def note(self, text):
+        self.notes.append(text)

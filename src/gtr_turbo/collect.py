@@ -16,7 +16,7 @@ import torch
 
 from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig
 from gtr_turbo.envs import check_env, make_env
-from gtr_turbo.envs.contract import attribute
+from gtr_turbo.envs.contract import Tool, attribute
 from gtr_turbo.parsing import parse, thought_tokens
 from gtr_turbo.policy.generation import generate
 from gtr_turbo.policy.model import Policy
@@ -51,6 +51,8 @@ class Envs:
 
     Attributes:
         fields: JSON keys a reply must have.
+        field_schemas: JSON schemas of those that are no strings.
+        tools: what a corrector of thoughts may call.
         observations: what each environment shows now.
         infos: its last info.
     """
@@ -63,6 +65,8 @@ class Envs:
         check_env(self._envs[0], episodes=1)
         fields = attribute(self._envs[0], "fields")
         self.fields: Sequence[str] = fields
+        self.field_schemas: Mapping[str, Any] = attribute(self._envs[0], "field_schemas") or {}
+        self.tools: Sequence[Tool] = attribute(self._envs[0], "tools") or ()
         self._seed = seed
         self.episodes = [-1] * len(self._envs)
         self.observations: list[Mapping[str, Any]] = [{}] * len(self._envs)

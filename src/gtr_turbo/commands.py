@@ -72,6 +72,8 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.print_config:
         print(dump_config(config), end="")
         return 0
+    if config.guidance.kind == "external":
+        config.guidance.external.key()  # before there is a run folder
     run = _new_run(config)
     config = replace(config, run=str(run))
     from gtr_turbo import checkpoint

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
-from gtr_turbo.checks import ConfigError, not_negative, positive
+from gtr_turbo.checks import ConfigError, fraction, not_negative, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +40,121 @@ class ImitationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """What a run may spend on its corrector, resumed parts included; 0 is unlimited."""
+
+    _prefix = "guidance.external.budget."
+
+    calls: int = 0
+    """Requests sent."""
+    tokens: int = 0
+    """Tokens in and out, as the endpoint reports them."""
+    dollars: float = 0.0
+    """Needs at least one of the prices."""
+    input_price: float = 0.0
+    """Dollars per million tokens in."""
+    output_price: float = 0.0
+    """Dollars per million tokens out."""
+
+    def __post_init__(self) -> None:
+        not_negative(self, "calls", "tokens", "dollars", "input_price", "output_price")
+        if self.dollars and not (self.input_price or self.output_price):
+            raise ConfigError(
+                f"guidance.external.budget.dollars={self.dollars} cannot be kept without prices; set "
+                "guidance.external.budget.input_price and output_price (dollars per million tokens)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExternalConfig:
+    """A corrector of thoughts behind an OpenAI-compatible endpoint (GTR, arXiv 2503.08525)."""
+
+    _prefix = "guidance.external."
+
+    base_url: str = "https://api.openai.com/v1"
+    """Where `/chat/completions` is."""
+    model: str = "gpt-4o"
+    """Name the endpoint knows the model by; the default is GTR's."""
+    key_variable: str | None = "OPENAI_API_KEY"
+    """NAME of the environment variable that holds the key; null for an endpoint that wants none."""
+    share: float = 1.0
+    """Of an update's valid turns that are sent, drawn at random."""
+    concurrency: int = 8
+    """Turns that are asked about at the same time."""
+    timeout_s: float = 60.0
+    """Longest wait for a response."""
+    retries: int = 4
+    """New tries for a turn, whatever went wrong."""
+    backoff_s: float = 1.0
+    """Pause before the first new try, doubled each time up to 60 s, with jitter; `Retry-After` comes first."""
+    temperature: float | None = 0.2
+    """Of the corrector; null sends none, for models that refuse it."""
+    max_tokens: int = 1024
+    """Longest response."""
+    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """The endpoint's name for it; OpenAI's reasoning models know the second only."""
+    tools: bool = True
+    """Offer the environment's tools, where it has any."""
+    tool_rounds: int = 4
+    """Responses of a conversation that may call tools."""
+    outage: Literal["wait", "skip"] = "skip"
+    """When an endpoint cannot be reached or refuses work (429, 5xx) after all retries: leave the turns without
+    guidance, or wait."""
+    wait_s: float = 3600.0
+    """With `wait`: the run stops, resumable, after so long without a response."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    """Where the run stops spending."""
+
+    def __post_init__(self) -> None:
+        positive(self, "concurrency", "timeout_s", "backoff_s", "max_tokens", "wait_s")
+        not_negative(self, "retries", "tool_rounds")
+        fraction(self, "share")
+        if self.temperature is not None:
+            not_negative(self, "temperature")
+        if not re.fullmatch("[A-Z_][A-Z0-9_]*", self.key_variable or "_"):
+            raise ConfigError(
+                "guidance.external.key_variable must be the NAME of an environment variable, in capitals, "
+                "such as OPENAI_API_KEY; a key itself does not belong into settings"
+            )
+        url = urlsplit(self.base_url)
+        if (
+            url.scheme not in ("http", "https")
+            or not url.hostname
+            or url.query
+            or "@" in url.netloc
+        ):
+            raise ConfigError(
+                "guidance.external.base_url must be http(s)://HOST/PATH, without user, password or query "
+                "(keys are read from the environment variable that guidance.external.key_variable names)"
+            )
+
+    def key(self) -> str:
+        """The key, from the environment; empty if none is wanted.
+
+        Raises:
+            ConfigError: the variable is not set.
+        """
+        if self.key_variable is None:
+            return ""
+        if not (key := os.environ.get(self.key_variable, "").strip()):
+            raise ConfigError(
+                f"guidance.kind='external' needs a key for {self.base_url}, and the environment variable "
+                f"{self.key_variable} is not set; export it, name another as "
+                "guidance.external.key_variable, or give null there if the endpoint wants no key"
+            )
+        return key
+
+
+@dataclass(frozen=True, kw_only=True)
 class GuidanceConfig:
     """How the teacher guides the agent's thoughts."""
 
     _prefix = "guidance."
 
-    kind: Literal["none", "static", "kl", "sft"] = "kl"
+    kind: Literal["none", "static", "kl", "sft", "external"] = "kl"
     """`none` is RL4VLM; `kl` penalises the reverse KL to the merge on the thought's tokens, `static` the KL to
-    the starting model; `sft` imitates thoughts that the merge writes for the same observations."""
+    the starting model; `sft` imitates thoughts that the merge writes for the same observations; `external` is
+    GTR: it imitates thoughts that a model behind an endpoint has corrected."""
     tokens: Literal["thought", "response"] = "thought"
     """What is guided; the paper guides thoughts only, as guided actions explore less."""
     estimator: Literal["clip", "k1", "abs", "k3", "full"] = "clip"
@@ -60,10 +170,17 @@ class GuidanceConfig:
     """Subtract the KL's mean over the update first: a penalty that is never negative pushes every reply down."""
 
     imitation: ImitationConfig = field(default_factory=ImitationConfig)
-    """Of `sft`."""
+    """Of `sft`; its weights, samples and limit of `external` too."""
+    external: ExternalConfig = field(default_factory=ExternalConfig)
+    """Of `external`."""
 
     def __post_init__(self) -> None:
         not_negative(self, "beta")
+        if self.kind == "external" and self.tokens != "thought":
+            raise ConfigError(
+                f"guidance.tokens={self.tokens!r} cannot be with guidance.kind='external': a corrector "
+                "writes thoughts, no actions; set guidance.tokens to thought"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

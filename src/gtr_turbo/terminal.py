@@ -41,6 +41,8 @@ SHOWN = (
     ("teacher's age", "teacher/age", "{:.0f}"),
     ("distance from the start", "teacher/student_distance", "{:.2f}"),
     ("critic explains", "critic/explained_variance", "{:.1%}"),
+    ("turns not corrected", "external/skipped", "{:.0f}"),
+    ("dollars so far", "external/dollars", "{:.2f}"),
 )
 
 
@@ -153,6 +155,10 @@ class TerminalView:
             )
             self.console.print(line, soft_wrap=True, markup=False, highlight=False)
         self._show()
+
+    def note(self, text: str) -> None:
+        """Print a line, above the live display if there is one."""
+        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def show_summary(console: Console, summary: Mapping[str, Any]) -> None:

@@ -19,6 +19,8 @@ from gtr_turbo.evaluate import Evaluation, evaluate
 from gtr_turbo.learning.advantages import assign_credit
 from gtr_turbo.learning.update import Imitation, TrainingError, make_optimizer, update
 from gtr_turbo.policy.model import Policy
+from gtr_turbo.teacher.endpoint import Endpoint
+from gtr_turbo.teacher.external import Corrector, correct
 from gtr_turbo.teacher.guidance import guide
 from gtr_turbo.teacher.history import History
 from gtr_turbo.teacher.imitation import Memory, imitation_loss, teach
@@ -53,6 +55,10 @@ class View(Protocol):
         """An update is done."""
         ...
 
+    def note(self, text: str) -> None:
+        """Something to tell; may come from another thread."""
+        ...
+
 
 def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -> dict[str, Any]:
     """Run the loop; returns what `summary.json` holds.
@@ -64,9 +70,14 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
         resume: go on from the newest checkpoint in `run`.
 
     Raises:
-        TrainingError: a loss or gradient is not finite, or sampler and scoring disagree.
+        TrainingError: a loss or gradient is not finite, sampler and scoring disagree, or the corrector's
+            budget is spent or its endpoint gone (there is a checkpoint then).
         checkpoint.CheckpointError: the checkpoint is damaged or of another run.
+        ConfigError: the corrector's endpoint refuses us.
     """
+    if config.guidance.kind == "external":
+        with Endpoint(config.guidance.external) as endpoint:
+            endpoint.check()
     torch.set_num_threads(config.threads)
     began = time.monotonic()
     policy = Policy(config.model, temperature=config.sampling.temperature, seed=config.seed)
@@ -74,6 +85,7 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
     envs = Envs(config.env, config.env.train_split, config.seed)
     history = History(config.teacher)
     memory = Memory(run / "imitation", config.guidance.imitation.limit)
+    corrector = _corrector(config, run, envs, view)
     start_print = checkpoint.fingerprint(dict(policy.model.named_parameters()))
     start, state = 0, {}
     if resume:
@@ -102,7 +114,7 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
         batch = make_batch(turns, config.env.num_envs, policy.processor.pad_token_id)
         batch = guide(batch, policy, config.guidance, microbatch_turns=config.ppo.microbatch_turns)
         clock.lap("guide")
-        told, imitation = _imitate(policy, turns, envs, memory, config, iteration)
+        told, imitation = _imitate(policy, turns, envs, memory, corrector, config, iteration)
         clock.lap("teach")
         batch = assign_credit(batch, **_credit(config))
         stats = update(
@@ -137,7 +149,9 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
         _log(row, writers)
         trajectories.write(iteration + 1, turns, _per_turn(batch, policy, config.save.trajectories))
         view.updated(row)
-        if (iteration + 1) % config.save.interval == 0 or iteration + 1 == config.num_updates:
+        stopped = corrector.stopped if corrector else None
+        due = (iteration + 1) % config.save.interval == 0 or iteration + 1 == config.num_updates
+        if due or stopped:
             saved = {
                 "update": iteration + 1,
                 "seed": config.seed,
@@ -148,6 +162,8 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
                 "evaluations": evaluations,
             }
             checkpoint.save(run, policy, optimizer, history, saved, keep=config.save.keep)
+        if stopped and iteration + 1 < config.num_updates:
+            raise TrainingError(f"stopped after update {iteration + 1}: {stopped}")
     for writer in writers:
         writer.close()
     evaluations = _evaluate(policy, config, view, "after", evaluations)
@@ -168,29 +184,57 @@ def _log(row: Mapping[str, float], writers: Sequence[Writer]) -> None:
         writer.write(row)
 
 
+def _corrector(config: TrainConfig, run: Path, envs: Envs, view: View) -> Corrector | None:
+    """What corrects thoughts, with `guidance.kind: external`."""
+    if config.guidance.kind != "external":
+        return None
+    return Corrector(
+        config.guidance.external,
+        run / "external",
+        envs.fields,
+        envs.field_schemas,
+        envs.tools,
+        view.note,
+        seed=config.seed,
+    )
+
+
 def _imitate(
     policy: Policy,
     turns: Sequence[Turn],
     envs: Envs,
     memory: Memory,
+    corrector: Corrector | None,
     config: TrainConfig,
     iteration: int,
 ) -> tuple[dict[str, float], Imitation | None]:
     """Guidance by imitation: collect the teacher's thoughts; (metrics, what joins the update's steps)."""
     guidance, own = config.guidance, config.guidance.imitation
-    if guidance.kind != "sft":
-        return {}, None
     generator = torch.Generator().manual_seed(stream(config.seed, TEACHING, iteration))
-    told = teach(
-        policy,
-        turns,
-        envs.fields,
-        memory,
-        guidance,
-        config.sampling,
-        generator,
-        update=iteration + 1,
-    )
+    if corrector is not None:
+        told = correct(
+            corrector,
+            policy.processor,
+            turns,
+            memory,
+            generator,
+            share=guidance.external.share,
+            longest=config.sampling.max_new_tokens,
+            update=iteration + 1,
+        )
+    elif guidance.kind == "sft":
+        told = teach(
+            policy,
+            turns,
+            envs.fields,
+            memory,
+            guidance,
+            config.sampling,
+            generator,
+            update=iteration + 1,
+        )
+    else:
+        return {}, None
     weight = own.weight + (own.weight_final - own.weight) * iteration / config.num_updates
     if not memory.targets or not weight:
         return told, None

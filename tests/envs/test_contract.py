@@ -318,3 +318,14 @@ def test_importing_the_environments_does_not_import_torch():
     code = "import sys, gtr_turbo.envs.cards.points; sys.exit('torch' in sys.modules)"
     assert gtr_turbo.envs.make_env is make_env
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "told"),
+    [("tools", (print,), "contract.Tool"), ("field_schemas", {"crads": {}}, "crads")],
+)
+def test_what_a_corrector_is_offered_is_checked(attribute, value, told):
+    env = make_env("NumberLine")
+    setattr(env.unwrapped, attribute, value)
+    with pytest.raises(ContractError, match=told):
+        check_env(env)

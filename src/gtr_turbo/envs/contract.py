@@ -11,7 +11,9 @@ The contract, on top of `gymnasium.Env`:
 * optional `judge(reply)`: facts about a parsed reply in the current state, any of `"perception"`
   (what it says it sees is there), `"plan"` (its plan reaches the goal), `"agreement"` (its action
   is the plan's next step);
-* optional `demonstrate(rng)`: a reply (dict of the fields) of an expert, for `gtr-turbo sft`.
+* optional `demonstrate(rng)`: a reply (dict of the fields) of an expert, for `gtr-turbo sft`;
+* optional `field_schemas`: JSON schemas of the fields that are no strings, and `tools`: a tuple of `Tool`,
+  both for `guidance.kind: external`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import gymnasium
@@ -44,6 +47,24 @@ class Observation(TypedDict):
 
 class ContractError(ValueError):
     """An environment, or its name, does not keep the contract of this module."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A function that a corrector of thoughts may call; it knows nothing but its arguments.
+
+    It is called long after the turn it is asked about, from several threads: it must not read the state of
+    the environment.
+    """
+
+    name: str
+    """Letters, digits, `_`."""
+    description: str
+    """What it does, for the model."""
+    parameters: Mapping[str, Any]
+    """JSON schema of the arguments, an object whose properties are all required."""
+    run: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    """Arguments that keep the schema -> what the model is told, as JSON. A `ValueError` is told as an error."""
 
 
 class AnyText(spaces.Text):
@@ -161,6 +182,15 @@ def _check_step(name: str, env: Env, action: str) -> tuple[Any, bool]:
     return observation, done
 
 
+def _check_for_corrector(name: str, env: Env, fields: Sequence[str]) -> None:
+    if wrong := [tool for tool in attribute(env, "tools") or () if not isinstance(tool, Tool)]:
+        raise ContractError(f"{name}: `tools` must be `contract.Tool` objects, got {wrong[0]!r}")
+    if unknown := set(attribute(env, "field_schemas") or {}) - set(fields):
+        raise ContractError(
+            f"{name}: `field_schemas` names {sorted(unknown)}, which are not among its fields {fields}"
+        )
+
+
 def check_env(env: Env | str, *, episodes: int = 3, max_turns: int = 200) -> None:
     """Play an environment and verify the contract of this module.
 
@@ -181,6 +211,7 @@ def check_env(env: Env | str, *, episodes: int = 3, max_turns: int = 200) -> Non
             f"{name}: class attribute `fields` must be a tuple of JSON keys with 'action' last, "
             f"got {fields!r}"
         )
+    _check_for_corrector(name, env, fields)
     first, info = env.reset(seed=7)
     _check_observation(name, first)
     again, _ = env.reset(seed=7)

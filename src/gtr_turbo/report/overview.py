@@ -52,6 +52,7 @@ GUIDANCE = {
     "kl": "KL to the merge",
     "static": "KL to the starting model",
     "sft": "imitation of the merge",
+    "external": "imitation of an external corrector (GTR)",
 }
 """What `guidance.kind` means."""
 
@@ -66,7 +67,7 @@ def _guidance(run: Run) -> str:
                 listed.append(f"{key} {as_text(guidance[key])}")
         listed += ["centred"] * (guidance.get("center") is True)
     imitation = guidance.get("imitation")
-    if kind == "sft" and isinstance(imitation, dict):
+    if kind in ("sft", "external") and isinstance(imitation, dict):
         for key in ("weight", "samples", "temperature"):
             if key in imitation:
                 listed.append(f"{key} {as_text(imitation[key])}")

@@ -13,7 +13,7 @@ import numpy as np
 from gtr_turbo import prompts
 from gtr_turbo.envs.cards import deals, drawing, formula
 from gtr_turbo.envs.cards.drawing import Card
-from gtr_turbo.envs.cards.formula import Solution, Step
+from gtr_turbo.envs.cards.formula import Step
 from gtr_turbo.envs.cards.plans import (
     as_formula,
     evaluates_to,
@@ -27,7 +27,8 @@ from gtr_turbo.envs.cards.plans import (
     show_step,
     trace,
 )
-from gtr_turbo.envs.contract import SPLITS, AnyText, ContractError, observation_space
+from gtr_turbo.envs.cards.solver import fitting, solver
+from gtr_turbo.envs.contract import SPLITS, AnyText, ContractError, Tool, observation_space
 
 NUMBERS = tuple(str(n) for n in range(1, 11))
 GRANULARITIES = ("token", "reduction", "formula")
@@ -39,6 +40,7 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 - Gymnasium's name and form
     fields = ("cards", "formula", "thoughts", "action")
     name: ClassVar[str]
+    count: ClassVar[int]
     goal: ClassVar[int]
     operators: ClassVar[str]
     symbols: ClassVar[tuple[str, ...]]
@@ -208,6 +210,20 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
             info["actions"] = [*self._reductions(), "="]
         return info
 
+    # -- for a corrector -----------------------------------------------------------------------
+
+    @property
+    def field_schemas(self) -> dict[str, Any]:
+        """`cards` is a list, of values in the compact form and of ranks in the published one."""
+        return {
+            "cards": {"type": "array", "items": {"type": "integer" if self._compact else "string"}}
+        }
+
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        """The exact solver."""
+        return (solver(self.count, self.goal, self.operators, self.granularity),)
+
     # -- facts about a reply, and an expert ----------------------------------------------------
 
     def judge(self, reply: Mapping[str, Any]) -> dict[str, bool]:
@@ -287,10 +303,10 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
         return tuple(steps)
 
     def _demonstrate_token(self, rng: np.random.Generator) -> tuple[str, str]:
-        fitting = self._fitting(tuple(self.tokens), tuple(self.numbers))
-        if not fitting:
+        ways = fitting(self.tokens, self.numbers, self.goal, self.operators)[:4]
+        if not ways:
             return "no way", "="
-        plan = fitting[rng.integers(len(fitting))]
+        plan = ways[rng.integers(len(ways))]
         action = [*plan.tokens, "="][len(self.tokens)]
         thoughts = f"{plan.formula}={self.goal}"
         if not self._compact:
@@ -300,16 +316,6 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
                 f"{thoughts} reaches the goal, so '{action}' comes next."
             )
         return thoughts, action
-
-    @classmethod
-    def _fitting(cls, tokens: tuple[str, ...], numbers: tuple[int, ...]) -> list[Solution]:
-        """Solutions that begin with `tokens`; from an empty formula only the shortest ones."""
-        found = {
-            solution.formula: solution
-            for solution in formula.solutions(numbers, cls.goal, cls.operators)
-            if tuple(solution.tokens[: len(tokens)]) == tokens
-        }
-        return sorted(found.values(), key=lambda s: (len(s.formula), s.formula))[:4]
 
 
 class EZPointsEnv(PointsEnv):
@@ -334,7 +340,7 @@ class EZPointsEnv(PointsEnv):
         split: `all`, `train` or `held-out`.
     """
 
-    name, goal, operators, max_length = "EZPoints", 12, "+*", 5
+    name, count, goal, operators, max_length = "EZPoints", 2, 12, "+*", 5
     symbols = ("+", "*")
     splits = ("all", "train", "held-out")
 
@@ -386,7 +392,7 @@ class Points24Env(PointsEnv):
         solving: chance that a demonstration's plan reaches 24 (`reduction`, `formula`).
     """
 
-    name, goal, operators, max_length = "Points24", 24, "+-*/", 20
+    name, count, goal, operators, max_length = "Points24", 4, 24, "+-*/", 20
     symbols = ("+", "-", "*", "/", "(", ")")
     splits = SPLITS
 

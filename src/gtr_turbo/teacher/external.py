@@ -1,0 +1,317 @@
+"""GTR's guidance: a model behind an OpenAI-compatible endpoint corrects the agent's thoughts (extra `external`).
+
+The corrected thought takes the place of the agent's, the agent's action stays: a target of
+`gtr_turbo.teacher.imitation`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gtr_turbo.checks import ConfigError
+from gtr_turbo.envs.contract import Tool
+from gtr_turbo.policy.processing import Processor
+from gtr_turbo.teacher.endpoint import FAULTS, OUTAGES, Endpoint
+from gtr_turbo.teacher.imitation import Memory, splice
+from gtr_turbo.teacher.ledger import Cost, Ledger
+from gtr_turbo.teacher.messages import (
+    AnswerError,
+    answer_calls,
+    answer_schema,
+    digest,
+    question,
+    read_answer,
+    thought_of,
+    tool_schemas,
+)
+from gtr_turbo.teaching_config import ExternalConfig
+from gtr_turbo.turns.turn import Turn
+
+LONGEST_PAUSE_S = 60.0
+
+
+class Corrector:
+    """Asks the endpoint about turns, within budget and bounds.
+
+    Attributes:
+        stopped: why the run must stop after this update; None while it need not.
+        ledger: answers and costs of the run.
+    """
+
+    def __init__(
+        self,
+        config: ExternalConfig,
+        folder: Path,
+        fields: Sequence[str],
+        schemas: Mapping[str, Any],
+        tools: Sequence[Tool],
+        note: Callable[[str], None],
+        *,
+        seed: int,
+    ) -> None:
+        """Nothing is sent yet.
+
+        Args:
+            config: the settings.
+            folder: for the ledger.
+            fields: of a reply.
+            schemas: of the fields that are no strings.
+            tools: of the environment.
+            note: tells the person something.
+            seed: of the jitter.
+
+        Raises:
+            ConfigError: the ledger is damaged.
+        """
+        self._config, self.fields = config, fields
+        self._schema = answer_schema(fields, schemas)
+        self._tools = tuple(tools) if config.tools else ()
+        self._rounds = config.tool_rounds if self._tools else 0
+        self._note, self._seed = note, seed
+        self.ledger = Ledger(
+            folder / "ledger.jsonl",
+            config.budget,
+            calls_each=self._rounds + 1,
+            open_at_once=config.concurrency,
+        )
+        self.stopped: str | None = None
+        self._lock = threading.Lock()
+        self._halt = threading.Event()
+        self._counts: Counter[str] = Counter()
+        self._heard = time.monotonic()
+        """When the endpoint last answered."""
+        self._fruitless = 0
+        """Conversations in a row that failed for an outage, or were rejected."""
+        self._told = False
+        """That we wait."""
+
+    # -- an update -----------------------------------------------------------------------------
+
+    def ask(self, turns: Sequence[Turn], update: int) -> list[Mapping[str, Any] | None]:
+        """Answers about valid turns, None where there is none; equal questions are asked once a run.
+
+        Raises:
+            ConfigError: the endpoint refuses key, model or every request.
+        """
+        self._counts.clear()
+        self._answered()
+        bodies = [self._body(turn) for turn in turns]
+        keys = [digest(body) for body in bodies]
+        fresh = {
+            key: body
+            for key, body in zip(keys, bodies, strict=True)
+            if key not in self.ledger.answers
+        }
+        self._counts["known"] = len(keys) - len(fresh)
+        with (
+            Endpoint(self._config) as endpoint,
+            ThreadPoolExecutor(self._config.concurrency) as pool,
+        ):
+            futures = []
+            try:
+                for key, body in fresh.items():
+                    if self._halt.is_set() or self._hopeless():
+                        break
+                    if (short := self.ledger.begin()) is not None:
+                        self._stop(short)
+                        break
+                    futures.append(pool.submit(self._converse, endpoint, key, body, update))
+                for future in futures:
+                    future.result()
+            except BaseException:
+                self._halt.set()  # open conversations end, and are written down, before we leave
+                raise
+        answers = [self.ledger.answers.get(key) for key in keys]
+        if self._counts["rejected"] and not any(answers):
+            raise ConfigError(
+                f"{self._config.base_url} rejected every request (HTTP 400 or alike): it does not take "
+                "pictures, a JSON schema, tools, or one of guidance.external.temperature and "
+                "max_tokens_name; change these settings or the model"
+            )
+        return answers
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last `ask`: the counts of the `external` group, and what was spent so far."""
+        counts, spent = self._counts, self.ledger.spent
+        names = ("known", "calls", "retries", "tokens_in", "tokens_out", "bad_tool_calls")
+        found = {f"external/{name}": float(counts[name]) for name in names}
+        found |= {f"external/failed_{kind}": float(counts[kind]) for kind in FAULTS}
+        found |= {"external/calls_so_far": float(spent.calls), "external/dollars": spent.dollars}
+        if counts["calls"]:
+            found["external/latency"] = counts["microseconds"] / 1e6 / counts["calls"]
+        return found
+
+    def _stop(self, reason: str) -> None:
+        with self._lock:
+            self.stopped = self.stopped or reason
+        self._halt.set()
+
+    def _hopeless(self) -> bool:
+        """As many conversations in a row came to nothing as may be open at once: the rest is not tried."""
+        return self._fruitless >= self._config.concurrency
+
+    def _answered(self) -> None:
+        with self._lock:
+            self._heard, self._fruitless, self._told = time.monotonic(), 0, False
+
+    # -- a conversation ------------------------------------------------------------------------
+
+    def _body(self, turn: Turn) -> dict[str, Any]:
+        config = self._config
+        form = {"name": "correction", "strict": True, "schema": self._schema}
+        body: dict[str, Any] = {
+            "model": config.model,
+            "messages": question(turn, self.fields, tools=bool(self._tools)),
+            "response_format": {"type": "json_schema", "json_schema": form},
+            config.max_tokens_name: config.max_tokens,
+        }
+        if config.temperature is not None:
+            body["temperature"] = config.temperature
+        if self._tools:
+            body["tools"] = tool_schemas(self._tools)
+        return body
+
+    def _converse(self, endpoint: Endpoint, key: str, body: Mapping[str, Any], update: int) -> None:
+        """Ask one question to its end: an answer, or none; either is in the ledger then."""
+        tally: Counter[str] = Counter()
+        answer = None
+        try:
+            jitter = random.Random(f"{self._seed} {update} {key}")
+            answer = self._answer(endpoint, body, tally, jitter)
+        except BaseException:
+            self._halt.set()
+            raise
+        finally:
+            budget, tokens = self._config.budget, (tally["tokens_in"], tally["tokens_out"])
+            dollars = (tokens[0] * budget.input_price + tokens[1] * budget.output_price) / 1e6
+            cost = Cost(tally["calls"], *tokens, dollars)
+            self.ledger.end(key, update, cost, answer, tally["retries"])
+            with self._lock:
+                self._counts.update(tally)
+
+    def _answer(
+        self,
+        endpoint: Endpoint,
+        body: Mapping[str, Any],
+        tally: Counter[str],
+        jitter: random.Random,
+    ) -> Mapping[str, Any] | None:
+        messages = list(body["messages"])
+        tries = rounds = 0
+        while not self._halt.is_set() and (tries or rounds or not self._hopeless()):
+            try:
+                last = {"tool_choice": "none"} if self._tools and rounds == self._rounds else {}
+                message = endpoint.send({**body, "messages": messages, **last}, tally)
+                self._answered()
+                if not message.get("tool_calls"):
+                    return read_answer(message, self._schema)
+                if rounds == self._rounds:
+                    raise AnswerError("tools")
+                rounds += 1
+                more, bad = answer_calls(message, self._tools)
+                messages += more
+                tally["bad_tool_calls"] += bad
+            except AnswerError as fault:
+                tally[fault.kind] += 1
+                tries += 1
+                if not self._again(fault, tries) or not self.ledger.may_retry():
+                    return None
+                tally["retries"] += 1
+                pause = min(LONGEST_PAUSE_S, self._config.backoff_s * 2.0 ** min(tries - 1, 20))
+                self._halt.wait(fault.pause or pause * (0.5 + jitter.random()))
+        return None
+
+    def _again(self, fault: AnswerError, tries: int) -> bool:
+        """Whether a conversation goes on after a failure."""
+        outage, rejected = fault.kind in OUTAGES, fault.kind == "rejected"
+        if not (outage or rejected):
+            self._answered()
+        if tries <= self._config.retries and not rejected and fault.pause <= LONGEST_PAUSE_S:
+            return True
+        if outage and self._config.outage == "wait":
+            return self._wait(fault)
+        with self._lock:
+            self._fruitless += outage or rejected
+        return False
+
+    def _wait(self, fault: AnswerError) -> bool:
+        """Whether there is time left to wait for the endpoint; if not, the run is told to stop."""
+        config, waited = self._config, time.monotonic() - self._heard
+        if waited + fault.pause > config.wait_s:
+            self._stop(
+                f"{config.base_url} has not answered for {waited:.0f} s ({fault.kind}; "
+                f"guidance.external.wait_s={config.wait_s:g}). Go on with --resume when it does"
+            )
+            return False
+        with self._lock:
+            told, self._told = self._told, True
+        if not told:
+            self._note(
+                f"{config.base_url} does not answer ({fault.kind}); waiting up to {config.wait_s:g} s"
+            )
+        return True
+
+
+def correct(
+    corrector: Corrector,
+    processor: Processor,
+    turns: Sequence[Turn],
+    memory: Memory,
+    generator: torch.Generator,
+    *,
+    share: float,
+    longest: int,
+    update: int,
+) -> dict[str, float]:
+    """Have an update's turns corrected, and collect the targets; returns the `external` group.
+
+    Args:
+        corrector: is asked.
+        processor: of the agent.
+        turns: of the update.
+        memory: keeps the targets.
+        generator: draws the turns that are sent.
+        share: of the valid turns, so many are sent.
+        longest: tokens of a reply; a longer target would teach the agent to be cut.
+        update: its number.
+    """
+    valid = [turn for turn in turns if turn.valid]
+    drawn = torch.randperm(len(valid), generator=generator)[: round(share * len(valid))]
+    asked = [valid[row] for row in sorted(drawn.tolist())]
+    answers = corrector.ask(asked, update)
+    made: list[tuple[Turn, Tensor, int]] = []
+    changed = agreed = 0
+    for turn, answer in zip(asked, answers, strict=True):
+        if answer is None:
+            continue
+        thought = {name: answer["thought"][name] for name in corrector.fields if name != "action"}
+        changed += thought != thought_of(turn, corrector.fields)
+        agreed += answer["correct"]
+        text = json.dumps({**thought, "action": turn.action})
+        target = splice(processor, text, turn.text, corrector.fields)
+        if target is not None and len(target[0]) <= longest:
+            made.append((turn, *target))
+    memory.add(update, made)
+    answered = sum(answer is not None for answer in answers)
+    metrics = {
+        "external/asked": float(len(asked)),
+        "external/skipped": float(len(asked) - answered),
+        "external/unusable": float(answered - len(made)),
+        "imitation/collected": float(len(memory)),
+        **corrector.metrics(),
+    }
+    if answered:
+        metrics["external/corrected"] = changed / answered
+        metrics["external/agreed"] = agreed / answered
+    return metrics

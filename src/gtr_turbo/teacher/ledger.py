@@ -1,0 +1,153 @@
+"""What a corrector was asked, what it answered, what that cost: kept in the run folder, never paid twice.
+
+`RUN/external/ledger.jsonl` holds a line for each conversation, written when it ends. A question that was
+answered once in a run is never sent again, so a run that goes back to a checkpoint learns from the same
+answers, and pays nothing for them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gtr_turbo.checks import ConfigError
+from gtr_turbo.teaching_config import BudgetConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one conversation, or of all."""
+
+    calls: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    dollars: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+
+    @property
+    def tokens(self) -> int:
+        """In and out."""
+        return self.tokens_in + self.tokens_out
+
+
+class Ledger:
+    """Answers and costs of a run; its methods may be called from several threads.
+
+    Attributes:
+        answers: by the hash of the question.
+        spent: by the whole run, resumed parts included.
+    """
+
+    def __init__(self, path: Path, budget: BudgetConfig, *, calls_each: int, open_at_once: int):
+        """Take up what the run has spent so far.
+
+        Args:
+            path: the file; it need not exist.
+            budget: what may be spent.
+            calls_each: requests a conversation may need when nothing fails.
+            open_at_once: conversations that may be open at the same time.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        self._path, self._budget = path, budget
+        self._calls_each, self._open_at_once = calls_each, open_at_once
+        self.answers: dict[str, Mapping[str, Any]] = {}
+        self.spent = Cost()
+        self._most_tokens, self._most_dollars = 0, 0.0
+        self._open, self._extra = 0, 0
+        self._changed = threading.Condition()
+        if path.exists():
+            self._load()
+
+    def _load(self) -> None:
+        data = self._path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]  # a crash may have cut the last line
+        if len(whole) < len(data):
+            os.truncate(self._path, len(whole))
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                row = json.loads(line)
+                self._take(row["question"], Cost(**row["cost"]), row["answer"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"{self._path}, line {number}, is damaged ({error!r}); remove the line to pay for its "
+                    "answer again"
+                ) from error
+
+    def _take(self, question: str, cost: Cost, answer: Mapping[str, Any] | None) -> None:
+        self.spent += cost
+        self._most_tokens = max(self._most_tokens, cost.tokens)
+        self._most_dollars = max(self._most_dollars, cost.dollars)
+        if answer is not None:
+            self.answers[question] = answer
+
+    def begin(self) -> str | None:
+        """Wait until one more conversation may be opened, and open it.
+
+        It may be opened if the calls it may need are left, and as many tokens and dollars as the dearest
+        one so far took, beside what open ones may still take; the first of a run is awaited to learn that.
+
+        Returns:
+            None; or, if it can not be opened and none is open any more, which budget is spent.
+        """
+        with self._changed:
+            while True:
+                short = self._short()
+                if short is None and self._open < self._open_at_once:
+                    self._open += 1
+                    return None
+                if not self._open:
+                    return short
+                self._changed.wait()
+
+    def _short(self) -> str | None:
+        budget, ahead = self._budget, self._open + 1
+        if (budget.tokens or budget.dollars) and not self._most_tokens and self._open:
+            return "the first price is not known yet"
+        for name, spent, each in (
+            ("calls", self.spent.calls + self._extra, self._calls_each),
+            ("tokens", self.spent.tokens, self._most_tokens),
+            ("dollars", self.spent.dollars, self._most_dollars),
+        ):
+            limit = getattr(budget, name)
+            if limit and (spent + ahead * each > limit or spent >= limit):
+                return (
+                    f"guidance.external.budget.{name}={limit} is spent: {spent:.6g} so far, and one more turn "
+                    f"may take {each:.6g}. Go on with --resume and a higher one; every answer is kept"
+                )
+        return None
+
+    def may_retry(self) -> bool:
+        """Whether an open conversation may send a request beyond `calls_each`; if so, it is reserved."""
+        with self._changed:
+            ahead = self.spent.calls + self._extra + self._open * self._calls_each
+            allowed = not self._budget.calls or ahead < self._budget.calls
+            self._extra += allowed
+            return allowed
+
+    def end(
+        self, question: str, update: int, cost: Cost, answer: Mapping[str, Any] | None, retries: int
+    ) -> None:
+        """Close a conversation and write it down; `retries` of its requests were reserved by `may_retry`."""
+        row = {"question": question, "update": update, "cost": asdict(cost), "answer": answer}
+        with self._changed:
+            try:
+                if cost.calls:
+                    self._path.parent.mkdir(parents=True, exist_ok=True)
+                    with open(self._path, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+                        file.flush()
+                        os.fsync(file.fileno())
+                    self._take(question, cost, answer)
+            finally:
+                self._open -= 1
+                self._extra -= retries
+                self._changed.notify_all()
