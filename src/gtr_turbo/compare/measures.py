@@ -38,6 +38,8 @@ class Measure:
     unit: Literal["fraction", "steps", "seconds", "MB", "dollars"]
     better: Better = None
     """Which end is better; None where neither is."""
+    signed: bool = False
+    """Whether it can be negative."""
 
 
 COSTS = {
@@ -55,10 +57,14 @@ def known_measures(splits: Sequence[str]) -> dict[str, Measure]:
         for when, which, title in STAGES:
             better: Better = "higher" if when == "after" else None
             found[f"{when}/{split}/{which}"] = Measure(title, "fraction", better)
-        found[f"after/{split}/merge_minus_student"] = Measure("merge minus student", "fraction")
+        found[f"after/{split}/merge_minus_student"] = Measure(
+            "merge minus student", "fraction", signed=True
+        )
     for name, title in CURVES.items():
-        level: Better = None if name.endswith("minus_student") else "higher"
-        found[f"area/{name}"] = Measure(f"{title}, mean over the run", "fraction", level)
+        gap = name.endswith("minus_student")
+        found[f"area/{name}"] = Measure(
+            f"{title}, mean over the run", "fraction", None if gap else "higher", signed=gap
+        )
     found["target/steps"] = Measure("steps to the target", "steps", "lower")
     found["target/seconds"] = Measure("time to the target", "seconds", "lower")
     return found | COSTS

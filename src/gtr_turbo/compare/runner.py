@@ -42,7 +42,7 @@ class Attempts:
             file.write(json.dumps(line | more) + "\n")
 
     def cpu_seconds(self) -> dict[str, float]:
-        """CPU time of runs (`label/seedN`) over all their processes; without runs of which one was not seen to end."""
+        """CPU time of runs (`label/seedN`) over all their processes; only where each was seen to end."""
         found: dict[str, float] = {}
         open_: set[str] = set()
         for text in (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -54,9 +55,13 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
         main = [n for n in names if n.startswith("after/")][:2]
         _table(console, f"effect of {key}, over the others", comparison, main, results)
     say = _line(console)
-    say(
-        "Mean over seeds and 95 % interval (Student's t); below it the paired difference to the first row."
-    )
+    if names:
+        say(
+            "Mean over seeds, its 95 % interval (Student's t); paired difference to the first row, its interval."
+        )
+        say(
+            "* best mean. A difference whose interval holds 0 is no finding. All numbers: compare.json"
+        )
     for result in comparison.missing[:MOST_MISSING]:
         say(f"missing: {result.job.name}: {result.why}")
     if len(comparison.missing) > MOST_MISSING:
@@ -80,26 +85,29 @@ def _table(
     names = [name for name in names if any(name in result.estimates for result in results)]
     if not names:
         return
-    table = Table(title=title, title_style="bold", show_lines=True)
-    table.add_column("variant", overflow="fold")
-    table.add_column("seeds", justify="right")
+    table = _new(title, results)
+    best = {name: name_of_best(results, name, comparison.measures[name]) for name in names}
     for name in names:
         table.add_column(comparison.measures[name].title, justify="right")
     for result in results:
-        row = [Text(result.label), Text(_seeds(result))]
-        for name in names:
-            measure = comparison.measures[name]
-            row.append(_cell(result, name, measure, name_of_best(results, name, measure)))
-        table.add_row(*row)
+        cells = [_cell(result, name, comparison.measures[name], best[name]) for name in names]
+        table.add_row(Text(f"{result.label}\n{_seeds(result)}"), *cells)
     console.print(table)
 
 
-def _seeds(result: VariantResult) -> str:
-    return (
-        str(result.finished)
-        if result.finished == result.planned
-        else f"{result.finished} of {result.planned}"
+def _new(title: str, results: Sequence[VariantResult]) -> Table:
+    table = Table(
+        title=title, title_style="bold", box=SIMPLE_HEAD, show_lines=True, show_edge=False
     )
+    longest = max(len(result.label) for result in results)
+    table.add_column("variant", overflow="fold", min_width=min(longest, 24))
+    return table
+
+
+def _seeds(result: VariantResult) -> str:
+    if result.finished < result.planned:
+        return f"{result.finished} of {result.planned} runs"
+    return f"{result.planned} run{'s' * (result.planned > 1)}"
 
 
 def name_of_best(results: Sequence[VariantResult], name: str, measure: Measure) -> str | None:
@@ -116,24 +124,32 @@ def _cell(result: VariantResult, name: str, measure: Measure, best: str | None) 
     if number is None:
         return Text("-")
     first = result.label == best
-    text = Text(
-        f"{'* ' if first else ''}{amount(number.mean, measure.unit)}",
-        style="bold green" if first else "bold",
-    )
-    text.append(f"\n{_interval(number, measure.unit)}", style="not bold default")
-    if (gap := result.differences.get(name)) is not None:
+    text = Text(f"{'* ' if first else ''}{amount(number.mean, measure.unit)}", style="bold")
+    text.append(f"\n{_interval(number, measure)}", style="not bold")
+    gap = result.differences.get(name)
+    if gap is not None and gap.above == gap.below == 0:
+        text.append("\nthe same", style="cyan not bold")
+    elif gap is not None:
         text.append(f"\n{change(gap.mean, measure.unit)}", style="cyan not bold")
-        text.append(f"\n{_interval(gap, measure.unit)}", style="cyan not bold")
+        text.append(f"\n{_interval(gap, measure)}", style="cyan not bold")
     return text
 
 
-def _interval(number: Estimate | Difference, unit: str) -> str:
-    if number.student is None:
+def _interval(number: Estimate | Difference, measure: Measure) -> str:
+    if (ends := _ends(number, measure)) is None:
         count = number.seeds if isinstance(number, Estimate) else number.pairs
-        return "one seed" if count == 1 else "no spread"
+        return "one run" if count == 1 else "no spread"
     write = amount if isinstance(number, Estimate) else change
-    low, high = (write(end, unit, short=True) for end in number.student)
+    low, high = (write(end, measure.unit, short=True) for end in ends)
     return f"{low} to {high}"
+
+
+def _ends(number: Estimate | Difference, measure: Measure) -> tuple[float, float] | None:
+    """Student's interval, cut to what the measure can be."""
+    if number.student is None or isinstance(number, Difference) or measure.signed:
+        return number.student
+    low, high = number.student
+    return max(low, 0.0), min(high, 1.0) if measure.unit == "fraction" else high
 
 
 def amount(value: float, unit: str, *, short: bool = False) -> str:
@@ -148,13 +164,12 @@ def amount(value: float, unit: str, *, short: bool = False) -> str:
 
 def change(value: float, unit: str, *, short: bool = False) -> str:
     """A difference with its sign; of fractions in percentage points."""
-    text = amount(abs(value), unit, short=short).replace(" %", " points")
+    text = amount(abs(value), unit, short=short).replace(" %", "")
     return f"{'-' if value < 0 else '+'}{text}"
 
 
 def _target(console: Console, comparison: Comparison) -> None:
-    table = Table(title=f"reaching {comparison.target:.0%} while training", title_style="bold")
-    table.add_column("variant", overflow="fold")
+    table = _new(f"reaching {comparison.target:.0%} while training", comparison.variants)
     table.add_column("seeds that reached it", justify="right")
     table.add_column("steps, median", justify="right")
     for row in _reached(comparison.variants):
@@ -203,9 +218,6 @@ def page_data(comparison: Comparison, name: str) -> dict[str, Any]:
     }
 
 
-Kind = Literal["before", "after", "area", "cost"]
-
-
 def _panel(
     comparison: Comparison, results: Sequence[VariantResult], name: str, groups: Mapping[str, int]
 ) -> dict[str, Any]:
@@ -227,8 +239,9 @@ def _panel(
                 "best": result.label == best,
                 "points": _points(comparison, result.label, name),
                 "seeds": number.seeds if number else 0,
-                **_ends(number),
-                "difference": gap and {"above": gap.above, "pairs": gap.pairs, **_ends(gap)},
+                **_numbers(number, measure),
+                "difference": gap
+                and {"above": gap.above, "pairs": gap.pairs, **_numbers(gap, measure)},
             }
             for result in results
             for number, gap in [(result.estimates.get(name), result.differences.get(name))]
@@ -242,8 +255,8 @@ def _points(comparison: Comparison, label: str, name: str) -> list[float]:
     return [r.values[name] for r in runs if name in r.values]
 
 
-def _ends(number: Estimate | Difference | None) -> dict[str, float | None]:
+def _numbers(number: Estimate | Difference | None, measure: Measure) -> dict[str, float | None]:
     if number is None:
         return {"mean": None, "low": None, "high": None}
-    low, high = number.student or (None, None)
+    low, high = _ends(number, measure) or (None, None)
     return {"mean": number.mean, "low": low, "high": high}

@@ -1,7 +1,7 @@
 // The section of a comparison: for each measure a table of variants, with seeds and intervals on one scale.
 
 const UNITS = {
-  fraction: { text: percent, gap: (value) => `${signed(100 * value, 1)} points` },
+  fraction: { text: percent, gap: (value) => signed(100 * value, 1) },
   seconds: { text: duration, gap: (value) => (value < 0 ? `−${duration(-value)}` : `+${duration(value)}`) },
   MB: { text: (value) => `${fmt(value)} MB`, gap: (value) => `${signed(value, 0)} MB` },
   dollars: { text: (value) => `$${value.toFixed(2)}`, gap: (value) => `${signed(value, 2)} $` },
@@ -18,7 +18,7 @@ function showComparison() {
   const body = byId("comparison-body");
   body.append(
     el("p", {}, `Means over seeds with 95 % intervals (Student's t). Differences are to `, el("strong", {}, visible(made.base)),
-      ", paired by seed, with the interval of the paired difference: an interval that holds 0 is no finding. " +
+      ", paired by seed, with the interval of the paired difference, those of successes in percentage points: an interval that holds 0 is no finding. " +
       "The intervals are not corrected for the number of comparisons."),
     el("ul", { class: "key muted" }, el("li", {}, sample("dot"), "one seed"), el("li", {}, sample("mean"), "mean and interval"), el("li", {}, "★ best mean")),
   );
@@ -41,31 +41,38 @@ function comparisonPanel(panel) {
   const head = (text, more = {}) => el("th", { scope: "col", ...more }, text);
   const table = el("table", { class: "results compared" },
     el("caption", {}, visible(panel.title), panel.about ? el("span", { class: "muted" }, ` ${plain(panel.about)}`) : null),
-    el("thead", {}, el("tr", {}, head("Variant"), head("Seeds", { class: "number" }), head("Mean", { class: "number" }), head(comparisonAxis(scale, unit)),
-      gaps ? head("Difference", { class: "number" }) : null, gaps ? head("Higher in", { class: "number" }) : null)));
+    el("thead", {}, el("tr", {}, head("Variant"), head("Mean", { class: "number" }),
+      gaps ? head("Difference", { class: "number" }) : null, head(comparisonAxis(scale, unit), { class: "plot" }))));
   const body = el("tbody");
   for (const row of panel.rows) {
-    const gap = row.difference;
+    const runs = row.seeds === row.planned ? `${row.seeds} run${row.seeds === 1 ? "" : "s"}` : `${row.seeds} of ${row.planned} runs`;
     body.append(el("tr", {},
-      el("th", { scope: "row" }, row.group === null ? null : swatch(row.group), " ", visible(row.label)),
-      el("td", { class: "number" }, row.seeds === row.planned ? String(row.seeds) : `${row.seeds} of ${row.planned}`),
+      el("th", { scope: "row" }, row.group === null ? null : swatch(row.group), " ", visible(row.label), el("br"), small(runs)),
       el("td", { class: "number" }, ...measured(row, unit.text, row.best ? "★ " : "")),
-      el("td", { class: "plot" }, row.mean === null ? null : comparisonPlot(row, scale, unit)),
-      gaps ? el("td", { class: "number" }, ...(gap ? measured(gap, unit.gap, "") : ["–"])) : null,
-      gaps ? el("td", { class: "number" }, gap ? `${gap.above} of ${gap.pairs}` : "–") : null));
+      gaps ? el("td", { class: "number" }, ...gapCell(row.difference, unit)) : null,
+      el("td", { class: "plot" }, row.mean === null ? null : comparisonPlot(row, scale, unit))));
   }
   table.append(body);
   return el("div", { class: "scroll panel", tabindex: 0, role: "region", "aria-label": plain(panel.title) }, table);
 }
 
+const small = (text) => el("small", { class: "muted" }, text);
+
+/** A paired difference, its interval, and how many pairs it rests on. */
+function gapCell(gap, unit) {
+  if (!gap) return ["–"];
+  if (!gap.above && !gap.below) return ["the same"];
+  return [...measured(gap, unit.gap, ""), el("br"), small(`higher in ${gap.above} of ${gap.pairs}`)];
+}
+
 /** A mean, and its interval on a second line. */
 function measured(row, text, before) {
   if (row.mean === null) return ["–"];
-  const interval = row.low === null ? (row.seeds === 1 || row.pairs === 1 ? "one seed" : "no spread") : `${text(row.low)} to ${text(row.high)}`;
-  return [el("strong", {}, before + text(row.mean)), el("br"), el("small", { class: "muted" }, interval)];
+  const interval = row.low === null ? (row.seeds === 1 || row.pairs === 1 ? "one run" : "no spread") : `${text(row.low)} to ${text(row.high)}`;
+  return [el("strong", {}, before + text(row.mean)), el("br"), small(interval)];
 }
 
-const PLOT = { width: 280, height: 36, side: 30 };
+const PLOT = { width: 280, height: 36, side: 26 };
 
 /** The places of values: {x, ticks}, over all seeds and intervals of a panel. */
 function comparisonScale(panel) {
@@ -73,7 +80,7 @@ function comparisonScale(panel) {
   let low = Math.min(...values), high = Math.max(...values);
   const least = panel.unit === "fraction" ? 0.1 : 0.1 * Math.max(Math.abs(low), Math.abs(high)) || 1;
   if (high - low < least) [low, high] = [(low + high - least) / 2, (low + high + least) / 2];
-  const marks = ticks(low, high, 3);
+  const marks = ticks(low, high, 5);
   return { marks, x: (value) => PLOT.side + ((value - low) / (high - low)) * (PLOT.width - 2 * PLOT.side) };
 }
 
