@@ -14,7 +14,7 @@ Curve = tuple[list[float], list[float]]
 """Environment steps and values, where the metric was logged."""
 
 STAGES = (
-    ("before", "student", "student before"),
+    ("before", "student", "before"),
     ("after", "student", "student after"),
     ("after", "teacher", "merge after"),
 )
@@ -58,7 +58,7 @@ def known_measures(splits: Sequence[str]) -> dict[str, Measure]:
             better: Better = "higher" if when == "after" else None
             found[f"{when}/{split}/{which}"] = Measure(title, "fraction", better)
         found[f"after/{split}/merge_minus_student"] = Measure(
-            "merge minus student", "fraction", signed=True
+            "merge - student", "fraction", signed=True
         )
     for name, title in CURVES.items():
         gap = name.endswith("minus_student")
