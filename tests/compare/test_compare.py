@@ -22,7 +22,6 @@ SMALL = {
     "eval": {"episodes": 2},
     "save": {"interval": 1, "trajectories": 1},
     "env_steps": 4,
-    "tensorboard": False,
 }
 VARY = ["--vary", "guidance=none,kl"]
 
@@ -83,7 +82,7 @@ def test_an_interrupted_comparison_stops_its_runs_and_goes_on_where_they_were(
 ):
     out = tmp_path / "out"
     command = ["compare", str(small), "--vary", "guidance=none", "--seeds", "1", "--out", str(out)]
-    command += ["--threads", "1", "--env_steps", "160", "--eval.episodes", "0"]
+    command += ["--threads", "1", "--env_steps", "80", "--eval.episodes", "0"]
     run = out / "guidance=none" / "seed0"
     process = subprocess.Popen(
         [sys.executable, "-m", "gtr_turbo", *command], stderr=subprocess.PIPE, text=True
@@ -108,7 +107,7 @@ def test_an_interrupted_comparison_stops_its_runs_and_goes_on_where_they_were(
     )  # it was seen to end: nothing is left running
     assert not (run / "summary.json").exists()
     assert main(command) == 0
-    assert [row["update"] for row in lines(run / "metrics.jsonl")] == list(range(1, 41))
+    assert [row["update"] for row in lines(run / "metrics.jsonl")] == list(range(1, 21))
     events = lines(out / "attempts.jsonl")
     assert [line.get("how") for line in events] == ["new", None, "unfinished", None]
     made = json.loads((out / "compare.json").read_text())
@@ -211,10 +210,14 @@ def test_held_out_curves_are_used_where_they_were_logged(made):
         rows = lines(path)
         for row in rows[::2]:
             row["eval/student_success"], row["eval/teacher_success"] = 0.5, 0.6 + 0.01 * number
+            row["external/dollars"] = 0.001 * row["env_steps"]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = summarise(made, "--target", "0.5")
     kl = found["variants"][1]["estimates"]  # the first three of the paths
     assert kl["area/eval/teacher_success"]["mean"] == pytest.approx(0.61)
+    assert kl["cost/dollars"]["mean"] == pytest.approx(
+        1.28
+    )  # the last row that has it: 5 * 256 steps
     lead = kl["area/eval/merge_minus_student"]
     assert lead["mean"] == pytest.approx(0.11)
     assert lead["student"] == pytest.approx(

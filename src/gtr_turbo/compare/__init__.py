@@ -24,7 +24,7 @@ from gtr_turbo.compare.plan import (
 from gtr_turbo.compare.results import Comparison, collect, rows, to_json
 from gtr_turbo.compare.runner import Attempts, Runner
 from gtr_turbo.compare.show import page_data
-from gtr_turbo.report import write_report
+from gtr_turbo.report.page import write_report, write_whole
 
 __all__ = ["Plan", "carry_out", "make_plan", "summarise"]
 
@@ -124,10 +124,10 @@ def summarise(
     done = [result for result in comparison.runs if result.run is not None]
     plan.out.mkdir(parents=True, exist_ok=True)
     made = to_json(comparison, plan.variants, {"jobs": plan.jobs, "threads": plan.threads})
-    _write(plan.out / "compare.json", json.dumps(made, indent=1, allow_nan=False) + "\n")
+    write_whole(plan.out / "compare.json", f"{json.dumps(made, indent=1)}\n".encode())
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(rows(comparison))
-    _write(plan.out / "compare.csv", table.getvalue())
+    write_whole(plan.out / "compare.csv", table.getvalue().encode())
     if not done:
         return comparison
     done.sort(key=lambda r: [v.label for v in plan.variants].index(r.job.variant.label))
@@ -143,10 +143,3 @@ def summarise(
         comparison=page_data(comparison, plan.name),
     )
     return comparison
-
-
-def _write(path: Path, text: str) -> None:
-    """Write so that a reader never meets half a file."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

@@ -20,11 +20,14 @@ STAGES = (
 )
 CURVES = {
     "rollout/success": "success while training",
-    "eval/student_success": "student on held-out deals while training",
-    "eval/teacher_success": "merge on held-out deals while training",
-    "eval/merge_minus_student": "merge minus student while training",
+    "eval/student_success": "student, fixed deals",
+    "eval/teacher_success": "merge, fixed deals",
+    "eval/merge_minus_student": "merge - student, fixed deals",
 }
 """Curves whose area is taken; the last is the difference of the two before it."""
+
+OVER_RUN = ", mean over the run"
+"""Ends the titles of areas."""
 
 WINDOW = 3
 """Values of a curve that are averaged before they count as having reached the target."""
@@ -63,7 +66,7 @@ def known_measures(splits: Sequence[str]) -> dict[str, Measure]:
     for name, title in CURVES.items():
         gap = name.endswith("minus_student")
         found[f"area/{name}"] = Measure(
-            f"{title}, mean over the run", "fraction", None if gap else "higher", signed=gap
+            f"{title}{OVER_RUN}", "fraction", None if gap else "higher", signed=gap
         )
     found["target/steps"] = Measure("steps to the target", "steps", "lower")
     found["target/seconds"] = Measure("time to the target", "seconds", "lower")
@@ -136,11 +139,11 @@ def reach(run: Run, target: float) -> dict[str, float]:
 
 def costs(run: Run, cpu_seconds: float | None) -> dict[str, float]:
     """What the run took: of its summary, of the process, and of its metrics if they know money."""
-    last = run.rows[-1]
+    paid = [row["external/dollars"] for row in run.rows if "external/dollars" in row]
     found = {
         "cost/seconds": finite(run.summary.get("seconds")),
         "cost/cpu_seconds": cpu_seconds,
         "cost/peak_rss_mb": finite(run.summary.get("peak_rss_mb")),
-        "cost/dollars": last.get("cost/dollars"),
+        "cost/dollars": paid[-1] if paid else None,
     }
     return {name: number for name, number in found.items() if number is not None}

@@ -18,8 +18,8 @@ from gtr_turbo.settings import build_config, merge, read_config, with_overrides
 SWITCHES = ("kind", "method")
 """A group's main switch: `guidance` means `guidance.kind`, `teacher` means `teacher.method`."""
 
-FREE = ("run", "threads", "tensorboard")
-"""Settings that do not change what a run computes: a stored run may differ in them."""
+FREE = ("run", "threads", "tensorboard", "trackers")
+"""Settings that do not change what a run computes: a stored run may differ in them, or have others of them."""
 
 LONGEST = 80
 """Characters of a label; longer ones are cut, with a hash of the whole."""
@@ -109,7 +109,7 @@ def read_factors(texts: Sequence[str]) -> list[Factor]:
         key = _switch(given)
         if key in ("run", "seed", "threads"):
             raise ConfigError(f"--vary {key} cannot be: see --out, --seeds and --threads")
-        if len({json.dumps(value) for value in values}) < len(values):
+        if len({_text(value) for value in values}) < len(values):
             raise ConfigError(f"--vary {text!r} names a value twice")
         if key in [factor.key for factor in factors]:
             raise ConfigError(f"--vary {key} is given twice; give its values once, with commas")
@@ -172,12 +172,24 @@ def make_variants(
 
 def _label(names: Sequence[str], values: Sequence[Any]) -> str:
     """`name=value,...` of characters that any file system takes; what was lost is told apart by a hash."""
-    texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
-    full = ",".join(f"{name}={text}" for name, text in zip(names, texts, strict=True)) or "base"
+    full = ",".join(f"{name}={_text(value)}" for name, value in zip(names, values, strict=True))
+    full = full or "base"
     safe = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", full)
     if safe == full and len(full) <= LONGEST:
         return full
     return f"{safe[:LONGEST]}-{hashlib.sha256(full.encode()).hexdigest()[:6]}"
+
+
+def _text(value: Any) -> str:
+    """A value as labels have it.
+
+    Raises:
+        ConfigError: a file could not hold it.
+    """
+    try:
+        return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--vary cannot take the value {value}: {error}") from error
 
 
 def make_jobs(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> list[Job]:
@@ -217,7 +229,8 @@ def examine(folder: Path, config: TrainConfig) -> tuple[State, int]:
             )
         return "new", 0
     try:
-        found = build_config(TrainConfig, read_config(stored))
+        settings = {key: value for key, value in read_config(stored).items() if key not in FREE}
+        found = build_config(TrainConfig, settings)
     except ConfigError as error:
         raise ConfigError(
             f"the config of {folder} cannot be used ({error}); remove the folder or give another --out"

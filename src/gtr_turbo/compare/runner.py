@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gtr_turbo.compare.plan import Job
+from gtr_turbo.report.page import write_whole
 from gtr_turbo.settings import dump_config
 
 GRACE = 60.0
@@ -103,7 +104,8 @@ class Runner:
     def _start(self, job: Job) -> None:
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         recipe = job.folder.parent / "settings.yaml"
-        recipe.write_text(dump_config(job.variant.config), encoding="utf-8")
+        # whole: the run of another seed may be reading it
+        write_whole(recipe, dump_config(job.variant.config).encode())
         source = ["--config", str(recipe), "--seed", str(job.seed)]
         if job.state == "unfinished":
             source = ["--resume"]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gtr_turbo.compare.measures import COSTS, Measure
+from gtr_turbo.compare.measures import COSTS, OVER_RUN, Measure
 from gtr_turbo.compare.plan import Job
 from gtr_turbo.compare.results import Comparison, VariantResult
 from gtr_turbo.compare.statistics import Difference, Estimate
@@ -47,7 +47,7 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
         shown = [n for n in columns if n.startswith(("before/", "after/"))]
         where = f" ({split})" if split != "None" else ""
         _table(console, f"success in the evaluations{where}", comparison, shown)
-    _table(console, "while training", comparison, [n for n in names if n.startswith("area/")])
+    _table(console, f"curves{OVER_RUN}", comparison, [n for n in names if n.startswith("area/")])
     if comparison.target is not None:
         _target(console, comparison)
     _table(console, "cost", comparison, [name for name in names if name in COSTS])
@@ -88,7 +88,7 @@ def _table(
     table = _new(title, results)
     best = {name: name_of_best(results, name, comparison.measures[name]) for name in names}
     for name in names:
-        table.add_column(comparison.measures[name].title, justify="right")
+        table.add_column(comparison.measures[name].title.removesuffix(OVER_RUN), justify="right")
     for result in results:
         cells = [_cell(result, name, comparison.measures[name], best[name]) for name in names]
         table.add_row(Text(f"{result.label}\n{_seeds(result)}"), *cells)

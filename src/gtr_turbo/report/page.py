@@ -108,7 +108,7 @@ def write_report(
             f"{len(frames.unreadable)} stored frame(s) missing or damaged; their turns say so"
         )
     page = _render(title, as_json(data), frames.embedded).encode("utf-8", "replace")
-    _write(out, page)
+    write_whole(out, page)
     return ReportInfo(
         out=out,
         size=len(page),
@@ -232,12 +232,12 @@ def _source_hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _write(out: Path, page: bytes) -> None:
+def write_whole(out: Path, content: bytes) -> None:
     """Write so that a reader never meets half a file."""
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f"{out.name}.part")
     try:
-        part.write_bytes(page)
+        part.write_bytes(content)
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)
