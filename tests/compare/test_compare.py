@@ -119,16 +119,20 @@ def test_an_interrupted_comparison_stops_its_runs_and_goes_on_where_they_were(
 def test_a_killed_run_says_so(capsys, monkeypatch, tmp_path):
     """A run that the system kills, such as for its memory."""
     fake = tmp_path / "python"
-    fake.write_text("#!/bin/sh\necho half way\nkill -9 $$\n")
+    fake.write_text("#!/bin/sh\necho half way on $OMP_NUM_THREADS\nkill -9 $$\n")
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
     out = tmp_path / "out"
-    assert main(["compare", "ezpoints", "--seeds", "2", "--jobs", "2", "--out", str(out)]) == 1
+    command = ["compare", "ezpoints", "--seeds", "2", "--threads", "3", "--out", str(out)]
+    assert main([*command, "--jobs", "2"]) == 1
     shown = capsys.readouterr().out
     for seed in (0, 1):
-        assert f"missing: base, seed {seed}: killed by SIGKILL: half way" in shown
+        assert f"missing: base, seed {seed}: killed by SIGKILL: half way on 3" in shown
     assert "0 of 2 runs" in shown
     assert json.loads((out / "compare.json").read_text())["variants"][0]["finished"] == 0
+    assert main([*command, "--jobs", "1"]) == 1
+    events = [line["event"] for line in lines(out / "attempts.jsonl")]
+    assert events == ["start", "start", "end", "end", "start", "end", "start", "end"]
 
 
 # from runs made by hand

@@ -101,8 +101,8 @@ def test_variants_stand_beside_each_other_with_seeds_and_intervals(opened, compa
     assert not page.locator(".compared").nth(2).is_visible()
     page.locator("#comparison details summary").click()
     cost = page.locator(".compared").nth(2).locator("tbody")
-    assert words(cost.locator("tr").nth(0)) == "guidance=none 1 of 3 runs 2 min one run –"
-    assert words(cost.locator("tr").nth(1)) == "guidance=kl 2 of 3 runs 2 min no spread the same"
+    assert words(cost.locator("tr").nth(0)) == "guidance=none 1 of 3 runs 90 s one run –"
+    assert words(cost.locator("tr").nth(1)) == "guidance=kl 2 of 3 runs 90 s no spread the same"
 
 
 def test_the_groups_of_a_comparison_are_the_bands_of_its_curves(opened, compared):

@@ -96,9 +96,7 @@ def _table(
 
 
 def _new(title: str, results: Sequence[VariantResult]) -> Table:
-    table = Table(
-        title=title, title_style="bold", box=SIMPLE_HEAD, show_lines=True, show_edge=False
-    )
+    table = Table(title=Text(title, "bold"), box=SIMPLE_HEAD, show_lines=True, show_edge=False)
     longest = max(len(result.label) for result in results)
     table.add_column("variant", overflow="fold", min_width=min(longest, 24))
     return table

@@ -2,7 +2,7 @@
 
 const UNITS = {
   fraction: { text: percent, gap: (value) => signed(100 * value, 1) },
-  seconds: { text: duration, gap: (value) => (value < 0 ? `−${duration(-value)}` : `+${duration(value)}`) },
+  seconds: { text: (value) => `${fmt(value)} s`, gap: (value) => `${signed(value, 1)} s` },
   MB: { text: (value) => `${fmt(value)} MB`, gap: (value) => `${signed(value, 0)} MB` },
   dollars: { text: (value) => `$${value.toFixed(2)}`, gap: (value) => `${signed(value, 2)} $` },
 };
@@ -80,7 +80,7 @@ function comparisonScale(panel) {
   let low = Math.min(...values), high = Math.max(...values);
   const least = panel.unit === "fraction" ? 0.1 : 0.1 * Math.max(Math.abs(low), Math.abs(high)) || 1;
   if (high - low < least) [low, high] = [(low + high - least) / 2, (low + high + least) / 2];
-  const marks = ticks(low, high, 5);
+  const marks = ticks(low, high, panel.unit === "fraction" ? 5 : 3);
   return { marks, x: (value) => PLOT.side + ((value - low) / (high - low)) * (PLOT.width - 2 * PLOT.side) };
 }
 
