@@ -13,6 +13,7 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("commands",),
+    ("compare",),
     ("settings", "trainer", "play", "doctor", "report"),
     ("evaluate", "sft", "terminal"),
     ("tracking",),

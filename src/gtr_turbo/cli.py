@@ -12,6 +12,7 @@ from typing import Any
 from gtr_turbo import __version__
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.commands import (
+    run_compare,
     run_doctor,
     run_eval,
     run_merge,
@@ -55,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     _merge_arguments(command("merge", run_merge, text))
     text = "Make one HTML file of runs: curves, settings, replay."
     _report_arguments(command("report", run_report, text))
+    text = "Train variants of a recipe over several seeds, and compare them."
+    _compare_arguments(command("compare", run_compare, text))
     command("doctor", run_doctor, "Check that this machine has what a run needs.")
     return parser
 
@@ -110,6 +113,38 @@ def _report_arguments(sub: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="episodes in the replay, evenly over training (default: as many as fit into 25 MB)",
+    )
+
+
+def _compare_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.epilog = f"{DOTTED} They hold for all variants."
+    sub.allow_abbrev = False
+    names = ", ".join(config_names())
+    sub.add_argument("config", metavar="CONFIG", help=f"one of {names}, or a YAML file")
+    sub.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2,...",
+        help="a setting and its values; guidance means guidance.kind, teacher teacher.method; several make a grid",
+    )
+    sub.add_argument(
+        "--seeds", default="5", metavar="N", help="how many (default 5: 0 to 4), or which: 3,7"
+    )
+    sub.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default 1)")
+    sub.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads of a run (default: CPUs / jobs)"
+    )
+    sub.add_argument("--out", metavar="DIR", help="folder (default: runs/compare-CONFIG)")
+    sub.add_argument(
+        "--target", type=float, metavar="S", help="success whose first reach is counted"
+    )
+    sub.add_argument(
+        "--episodes", type=int, default=100, metavar="N", help="in the replay (default 100)"
+    )
+    sub.add_argument("--dry-run", action="store_true", help="print the plan, start nothing")
+    sub.add_argument(
+        "--only-summary", action="store_true", help="make the tables from what is there"
     )
 
 
@@ -218,6 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _go_on(options: argparse.Namespace) -> str:
     """How to go on with an interrupted run."""
+    if options.command == "compare":
+        return " Go on with the same command: what was done is kept"
     if options.command != "train":
         return ""
     return f" Go on with: gtr-turbo train --run {options.run or 'DIR'} --resume"

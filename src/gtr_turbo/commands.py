@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -21,6 +20,7 @@ from gtr_turbo.settings import (
     merge,
     read_config,
     read_overrides,
+    with_overrides,
 )
 from gtr_turbo.sft_config import SFTConfig
 
@@ -61,14 +61,7 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     settings = read_config(source)
     if not options.resume:
         settings.setdefault("name", source.stem)
-    given = over.get("env", {}).get("id")
-    if given is not None and given != settings.get("env", {}).get("id"):
-        # the recipe's options are those of its own environment
-        settings["env"] = {k: v for k, v in settings.get("env", {}).items() if k == "num_envs"}
-        settings["name"] = re.sub(
-            r"\W+", "-", given.rpartition(":")[2].removeprefix("gtr/")
-        ).lower()
-    config: TrainConfig = build_config(TrainConfig, merge(settings, over))
+    config: TrainConfig = build_config(TrainConfig, with_overrides(settings, over))
     if options.print_config:
         print(dump_config(config), end="")
         return 0
@@ -297,6 +290,42 @@ def run_report(options: argparse.Namespace, rest: Sequence[str]) -> int:
         f"{info.episodes}{left} episodes, {info.turns} turns"
     )
     return 0
+
+
+def run_compare(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Train variants of a recipe over seeds, and compare them."""
+    if options.target is not None and not 0 <= options.target <= 1:
+        raise ConfigError(f"--target {options.target} must be a success between 0 and 1")
+    if options.episodes < 0:
+        raise ConfigError(f"--episodes {options.episodes} must not be negative")
+    from rich.console import Console
+
+    from gtr_turbo import compare
+    from gtr_turbo.compare.show import show_comparison, show_plan
+
+    plan = compare.make_plan(
+        config_file(options.config),
+        read_overrides(rest),
+        vary=options.vary,
+        seeds=options.seeds,
+        jobs=options.jobs,
+        threads=options.threads,
+        out=Path(options.out) if options.out else None,
+    )
+    console = Console()
+    if options.dry_run:
+        show_plan(console, plan.runs(), plan.jobs, plan.threads)
+        return 0
+    failures = (
+        {}
+        if options.only_summary
+        else compare.carry_out(plan, lambda text: print(text, flush=True))
+    )
+    found = compare.summarise(plan, failures, target=options.target, episodes=options.episodes)
+    show_comparison(console, found)
+    finished = len(found.runs) - len(found.missing)
+    print(f"{finished} of {len(found.runs)} runs; tables and report are in {plan.out}")
+    return 1 if failures or not finished else 0
 
 
 def run_doctor(options: argparse.Namespace, rest: Sequence[str]) -> int:

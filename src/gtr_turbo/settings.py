@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,20 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
     return merged
+
+
+def with_overrides(settings: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's settings under those of the command line.
+
+    With another environment the recipe keeps its number of environments only: its options are those of its own.
+    """
+    env, own = over.get("env"), settings.get("env", {})
+    given = env.get("id") if isinstance(env, dict) else None
+    if given is not None and given != own.get("id"):
+        kept = {key: value for key, value in own.items() if key == "num_envs"}
+        name = re.sub(r"\W+", "-", str(given).rpartition(":")[2].removeprefix("gtr/")).lower()
+        settings = settings | {"env": kept, "name": name}
+    return merge(settings, over)
 
 
 def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

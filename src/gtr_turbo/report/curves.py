@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gtr_turbo.report.groups import group_labels, group_runs
+from gtr_turbo.report.groups import Groups, named_groups
 from gtr_turbo.report.read import Run
 
 MOST_POINTS = 1000
@@ -128,13 +128,13 @@ def band(runs: Sequence[Columns], name: str) -> Band | None:
     return found if found.steps else None
 
 
-def curves(runs: Sequence[Run], most: int = MOST_POINTS) -> dict[str, Any]:
-    """The part of the page's data that its charts are drawn from."""
+def curves(
+    runs: Sequence[Run], most: int = MOST_POINTS, groups: Groups | None = None
+) -> dict[str, Any]:
+    """The part of the page's data that its charts are drawn from; by default the settings make the groups."""
     width = block_width([round(run.rows[-1]["update"]) for run in runs], most)
     table = [columns(run.rows, width) for run in runs]
     names = {name for run in table for name in run.metrics}
-    groups = group_runs(runs)
-    labels = group_labels(runs, groups)
     return {
         "width": width,
         "main": [name for name in MAIN if name in names],
@@ -150,8 +150,8 @@ def curves(runs: Sequence[Run], most: int = MOST_POINTS) -> dict[str, Any]:
             for run in table
         ],
         "groups": [
-            {"label": label, "runs": members, "bands": _bands([table[i] for i in members])}
-            for label, members in zip(labels, groups, strict=True)
+            {"label": label, "runs": list(members), "bands": _bands([table[i] for i in members])}
+            for label, members in (named_groups(runs) if groups is None else groups)
         ],
     }
 

@@ -11,8 +11,17 @@ from gtr_turbo.report.read import Run
 OF_A_RUN = ("run", "seed")
 """Settings in which runs of one recipe may differ."""
 
+Groups = Sequence[tuple[str, Sequence[int]]]
+"""Runs that are one line with a band: (label, numbers of its runs)."""
+
 MOST_NAMED = 3
 """Settings that a label names, where the recipe's name alone does not tell two groups apart."""
+
+
+def named_groups(runs: Sequence[Run]) -> Groups:
+    """The groups that the runs' settings make, with their labels."""
+    groups = group_runs(runs)
+    return list(zip(group_labels(runs, groups), groups, strict=True))
 
 
 def group_runs(runs: Sequence[Run]) -> list[list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gtr_turbo.report.groups import as_text, flatten, group_labels, group_runs
+from gtr_turbo.report.groups import Groups, as_text, flatten, named_groups
 from gtr_turbo.report.read import Run, finite
 
 STAGES = (("before", "student"), ("after", "student"), ("after", "teacher"))
@@ -89,12 +89,11 @@ def _training(run: Run) -> str:
     return f"{rows[-1]['update']:,.0f} updates, {rows[-1]['env_steps']:,.0f} environment steps"
 
 
-def results(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def results(runs: Sequence[Run], groups: Groups | None = None) -> list[dict[str, Any]]:
     """Rows of the table of results: means of recipes with several seeds, then one for each run and split."""
     means: list[dict[str, Any]] = []
     rows = [row for number, run in enumerate(runs) for row in _results(number, run)]
-    groups = group_runs(runs)
-    for label, members in zip(group_labels(runs, groups), groups, strict=True):
+    for label, members in named_groups(runs) if groups is None else groups:
         if len(members) < 2:
             continue
         own = [row for row in rows if row.get("run") in members]

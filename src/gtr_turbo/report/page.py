@@ -17,7 +17,7 @@ from gtr_turbo.report import overview
 from gtr_turbo.report.curves import curves
 from gtr_turbo.report.episodes import Episode, Prompts, join, order_of_choice, to_page
 from gtr_turbo.report.frames import Frames
-from gtr_turbo.report.groups import as_text
+from gtr_turbo.report.groups import Groups, as_text
 from gtr_turbo.report.read import ReportError, Run, StoredTurn, read_runs
 
 BUDGET = 25_000_000
@@ -27,7 +27,7 @@ RESERVE = 200
 """Bytes for what is known only after the episodes are chosen."""
 
 HERE = Path(__file__).parent
-SCRIPTS = ("base", "overview", "plot", "curves", "episodes", "turn", "tokens", "main")
+SCRIPTS = ("base", "overview", "plot", "curves", "compare", "episodes", "turn", "tokens", "main")
 """The page's script, in the order of its parts (`js/*.js`)."""
 
 AT_ONCE = 32
@@ -53,7 +53,14 @@ class ReportInfo:
     """What was skipped or missing; the page shows them too."""
 
 
-def write_report(runs: Sequence[Path], out: Path, *, episodes: int | None = None) -> ReportInfo:
+def write_report(
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    episodes: int | None = None,
+    groups: Groups | None = None,
+    comparison: dict[str, Any] | None = None,
+) -> ReportInfo:
     """Write the report of one or several runs.
 
     Args:
@@ -61,6 +68,8 @@ def write_report(runs: Sequence[Path], out: Path, *, episodes: int | None = None
         out: the HTML file; replaced if it exists.
         episodes: episodes in the replay, spread evenly over runs and training; by default as many as fit
             into about 25 MB.
+        groups: runs that are one line with a band; by default those that differ in nothing but their seed.
+        comparison: of the groups, as `gtr_turbo.compare` makes it, for a section of its own.
 
     Raises:
         ReportError: a folder is no run folder or holds no metrics, or an argument cannot work.
@@ -80,14 +89,16 @@ def write_report(runs: Sequence[Path], out: Path, *, episodes: int | None = None
         "version": __version__,
         "runs": [{"label": run.label, "seed": as_text(run.seed)} for run in found],
         "facts": overview.facts(found),
-        "results": overview.results(found),
+        "results": overview.results(found, groups),
         "settings": overview.settings(found),
-        "curves": curves(found),
+        "curves": curves(found, groups=groups),
+        "comparison": comparison,
         "stored": stored,
         "empty": _why_empty(found, stored, episodes),
         "warnings": warnings,
     }
-    title = f"GTR-Turbo report: {', '.join(run.label for run in found)}"
+    what = ", ".join(run.label for run in found)
+    title = comparison["title"] if comparison else f"GTR-Turbo report: {what}"
     frames = Frames()
     rest = len(_render(title, as_json(data), []).encode("utf-8", "replace")) + RESERVE
     order = order_of_choice(joined)
@@ -97,7 +108,7 @@ def write_report(runs: Sequence[Path], out: Path, *, episodes: int | None = None
             f"{len(frames.unreadable)} stored frame(s) missing or damaged; their turns say so"
         )
     page = _render(title, as_json(data), frames.embedded).encode("utf-8", "replace")
-    _write(out, page)
+    write_whole(out, page)
     return ReportInfo(
         out=out,
         size=len(page),
@@ -221,12 +232,12 @@ def _source_hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _write(out: Path, page: bytes) -> None:
+def write_whole(out: Path, content: bytes) -> None:
     """Write so that a reader never meets half a file."""
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f"{out.name}.part")
     try:
-        part.write_bytes(page)
+        part.write_bytes(content)
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)

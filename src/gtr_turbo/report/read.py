@@ -117,12 +117,13 @@ def _labels(folders: Sequence[Path]) -> list[str]:
     return labels
 
 
-def read_run(folder: Path, label: str | None = None) -> Run:
+def read_run(folder: Path, label: str | None = None, *, turns: bool = True) -> Run:
     """Read one run folder.
 
     Args:
         folder: what `gtr-turbo train --run` made.
         label: its name in the report; by default the folder's name.
+        turns: read the stored turns too.
 
     Raises:
         ReportError: `folder` is no run folder, or holds no usable row of metrics.
@@ -151,7 +152,7 @@ def read_run(folder: Path, label: str | None = None) -> Run:
         config=_config(folder / "config.yaml", label, warnings),
         rows=rows,
         summary=_summary(folder / "summary.json", label, warnings),
-        turns=_turns(folder / "trajectories", label, warnings),
+        turns=_turns(folder / "trajectories", label, warnings) if turns else (),
         warnings=tuple(warnings),
     )
 

@@ -99,6 +99,7 @@ function openHelp() {
 
 function start() {
   startTheme();
+  showComparison();
   showOverview();
   showCurves();
   showReplay();

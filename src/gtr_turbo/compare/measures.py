@@ -1,0 +1,149 @@
+"""What is measured of a run: its evaluations, its learning curves, what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from gtr_turbo.compare.statistics import area, first_reach
+from gtr_turbo.report.read import Run, finite
+
+Better = Literal["higher", "lower"] | None
+Curve = tuple[list[float], list[float]]
+"""Environment steps and values, where the metric was logged."""
+
+STAGES = (
+    ("before", "student", "before"),
+    ("after", "student", "student after"),
+    ("after", "teacher", "merge after"),
+)
+CURVES = {
+    "rollout/success": "success while training",
+    "eval/student_success": "student, fixed deals",
+    "eval/teacher_success": "merge, fixed deals",
+    "eval/merge_minus_student": "merge - student, fixed deals",
+}
+"""Curves whose area is taken; the last is the difference of the two before it."""
+
+OVER_RUN = ", mean over the run"
+"""Ends the titles of areas."""
+
+WINDOW = 3
+"""Values of a curve that are averaged before they count as having reached the target."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What a number is."""
+
+    title: str
+    unit: Literal["fraction", "steps", "seconds", "MB", "dollars"]
+    better: Better = None
+    """Which end is better; None where neither is."""
+    signed: bool = False
+    """Whether it can be negative."""
+
+
+COSTS = {
+    "cost/seconds": Measure("wall time", "seconds", "lower"),
+    "cost/cpu_seconds": Measure("CPU time", "seconds", "lower"),
+    "cost/peak_rss_mb": Measure("peak memory", "MB", "lower"),
+    "cost/dollars": Measure("paid", "dollars", "lower"),
+}
+
+
+def known_measures(splits: Sequence[str]) -> dict[str, Measure]:
+    """Every measure that runs with these splits can have, in the order of tables."""
+    found: dict[str, Measure] = {}
+    for split in splits:
+        for when, which, title in STAGES:
+            better: Better = "higher" if when == "after" else None
+            found[f"{when}/{split}/{which}"] = Measure(title, "fraction", better)
+        found[f"after/{split}/merge_minus_student"] = Measure(
+            "merge - student", "fraction", signed=True
+        )
+    for name, title in CURVES.items():
+        gap = name.endswith("minus_student")
+        found[f"area/{name}"] = Measure(
+            f"{title}{OVER_RUN}", "fraction", None if gap else "higher", signed=gap
+        )
+    found["target/steps"] = Measure("steps to the target", "steps", "lower")
+    found["target/seconds"] = Measure("time to the target", "seconds", "lower")
+    return found | COSTS
+
+
+def evaluations(run: Run) -> dict[str, float]:
+    """Success by `when/split/which`, and the merge minus the student."""
+    stored = run.summary.get("evaluations")
+    found: dict[str, float] = {}
+    for key, evaluation in stored.items() if isinstance(stored, Mapping) else ():
+        success = finite(evaluation.get("success")) if isinstance(evaluation, Mapping) else None
+        if success is not None and str(key).count("/") >= 2:
+            found[str(key)] = success
+    for key in list(found):
+        student = key.removesuffix("teacher") + "student"
+        if key.endswith("/teacher") and student in found:
+            found[key.removesuffix("teacher") + "merge_minus_student"] = found[key] - found[student]
+    return found
+
+
+def splits(runs: Sequence[Mapping[str, float]]) -> list[str]:
+    """The splits that were evaluated, in the order of the runs' own."""
+    names = [
+        name.partition("/")[2].rpartition("/")[0]
+        for values in runs
+        for name in values
+        if name.startswith(("before/", "after/"))
+    ]
+    return list(dict.fromkeys(names))
+
+
+def curve(run: Run, name: str) -> Curve:
+    """A metric over environment steps; empty if the run did not log it."""
+    if name == "eval/merge_minus_student":
+        both = [
+            row for row in run.rows if {"eval/student_success", "eval/teacher_success"} <= set(row)
+        ]
+        gaps = [row["eval/teacher_success"] - row["eval/student_success"] for row in both]
+        return [row["env_steps"] for row in both], gaps
+    rows = [row for row in run.rows if name in row]
+    return [row["env_steps"] for row in rows], [row[name] for row in rows]
+
+
+def areas(curves: Sequence[Curve]) -> list[float | None]:
+    """Mean heights of curves of different runs, over the range of steps that all of them have."""
+    logged = [steps for steps, _ in curves if steps]
+    if not logged:
+        return [None] * len(curves)
+    low, high = max(steps[0] for steps in logged), min(steps[-1] for steps in logged)
+    return [area(steps, values, low, high) for steps, values in curves]
+
+
+def reach(run: Run, target: float) -> dict[str, float]:
+    """Steps and seconds until the target; empty if it was not reached.
+
+    The curve is the success on fixed held-out deals if the run logged it, else that while training.
+    """
+    logged = any("eval/student_success" in row for row in run.rows)
+    name = "eval/student_success" if logged else "rollout/success"
+    rows = [row for row in run.rows if name in row]
+    found = first_reach([row[name] for row in rows], target, WINDOW)
+    if found is None:
+        return {}
+    values = {"target/steps": rows[found]["env_steps"]}
+    if "system/seconds" in rows[found]:
+        values["target/seconds"] = rows[found]["system/seconds"]
+    return values
+
+
+def costs(run: Run, cpu_seconds: float | None) -> dict[str, float]:
+    """What the run took: of its summary, of the process, and of its metrics if they know money."""
+    paid = [row["external/dollars"] for row in run.rows if "external/dollars" in row]
+    found = {
+        "cost/seconds": finite(run.summary.get("seconds")),
+        "cost/cpu_seconds": cpu_seconds,
+        "cost/peak_rss_mb": finite(run.summary.get("peak_rss_mb")),
+        "cost/dollars": paid[-1] if paid else None,
+    }
+    return {name: number for name, number in found.items() if number is not None}

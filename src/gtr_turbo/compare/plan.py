@@ -1,0 +1,268 @@
+"""What a comparison runs: variants from `--vary`, a run for each of their seeds, and what is there already."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from gtr_turbo.checks import ConfigError
+from gtr_turbo.config import TrainConfig
+from gtr_turbo.settings import build_config, merge, read_config, with_overrides
+
+SWITCHES = ("kind", "method")
+"""A group's main switch: `guidance` means `guidance.kind`, `teacher` means `teacher.method`."""
+
+FREE = ("run", "threads", "tensorboard", "trackers")
+"""Settings that do not change what a run computes: a stored run may differ in them, or have others of them."""
+
+LONGEST = 80
+"""Characters of a label; longer ones are cut, with a hash of the whole."""
+
+State = Literal["finished", "unfinished", "new"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factor:
+    """A setting that is varied."""
+
+    key: str
+    """Its dotted name."""
+    short: str
+    """Its name in labels."""
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One recipe of the comparison."""
+
+    label: str
+    """`name=value,...`, also the folder's name."""
+    values: Mapping[str, Any]
+    """The varied settings, by dotted name."""
+    config: TrainConfig
+    """With seed 0, and no run folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One run."""
+
+    variant: Variant
+    seed: int
+    folder: Path
+    state: State
+    update: int = 0
+    """Updates that its newest checkpoint holds."""
+
+    @property
+    def log(self) -> Path:
+        """What the process printed."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def name(self) -> str:
+        """`label, seed N`."""
+        return f"{self.variant.label}, seed {self.seed}"
+
+
+def read_seeds(text: str) -> tuple[int, ...]:
+    """`5` is 0 to 4; `3,7` are those two; `3,` is that one.
+
+    Raises:
+        ConfigError: not whole numbers from 0, none, or one twice.
+    """
+    parts = [part.strip() for part in text.removesuffix(",").split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise ConfigError(f"--seeds {text!r} must be how many (5), or which (3,7)")
+    seeds = tuple(map(int, parts)) if "," in text else tuple(range(int(text)))
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {text!r} must name at least one seed, and none twice")
+    return seeds
+
+
+def read_factors(texts: Sequence[str]) -> list[Factor]:
+    """`KEY=V1,V2,...`, values as YAML; a group's name alone means its main switch.
+
+    Raises:
+        ConfigError: not of that form, a key given twice, a value given twice, or a group without a switch.
+    """
+    import yaml
+
+    factors: list[Factor] = []
+    for text in texts:
+        given, equals, listed = text.partition("=")
+        try:
+            values = yaml.safe_load(f"[{listed}]") if equals and listed else None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the values of --vary {text!r} cannot be read: {error}") from error
+        if not values:
+            raise ConfigError(
+                f"--vary {text!r} must be KEY=VALUE,VALUE,... such as guidance=none,kl"
+            )
+        key = _switch(given)
+        if key in ("run", "seed", "threads"):
+            raise ConfigError(f"--vary {key} cannot be: see --out, --seeds and --threads")
+        if len({_text(value) for value in values}) < len(values):
+            raise ConfigError(f"--vary {text!r} names a value twice")
+        if key in [factor.key for factor in factors]:
+            raise ConfigError(f"--vary {key} is given twice; give its values once, with commas")
+        short = given.rpartition(".")[2]
+        if short in [factor.short for factor in factors]:
+            short = given
+        factors.append(Factor(key=key, short=short, values=tuple(values)))
+    return factors
+
+
+def _switch(key: str) -> str:
+    """The dotted name of a setting, where the name of a group may stand for its switch."""
+    cls: Any = TrainConfig
+    for part in key.split("."):
+        kinds = get_type_hints(cls) if is_dataclass(cls) else {}
+        if part not in kinds:
+            return key  # building the config says what is wrong with it, or it is an option
+        cls = kinds[part]
+    if not is_dataclass(cls):
+        return key
+    known = [field.name for field in fields(cls)]
+    if not (switch := next((name for name in SWITCHES if name in known), None)):
+        listed = ", ".join(f"{key}.{name}" for name in known)
+        raise ConfigError(f"--vary {key} is a group of settings; name one of {listed}")
+    return f"{key}.{switch}"
+
+
+def make_variants(
+    source: Path, over: Mapping[str, Any], factors: Sequence[Factor], threads: int
+) -> list[Variant]:
+    """Every combination of the factors' values, each with its config built.
+
+    Raises:
+        ConfigError: a variant's settings are unknown or cannot work; it is named.
+    """
+    for key, instead in (("run", "--out"), ("seed", "--seeds")):
+        if key in over:
+            raise ConfigError(f"--{key} cannot be given to compare; see {instead}")
+    settings = read_config(source)
+    settings.setdefault("name", source.stem)
+    variants: list[Variant] = []
+    for values in itertools.product(*(factor.values for factor in factors)):
+        nested: dict[str, Any] = {}
+        for factor, value in zip(factors, values, strict=True):
+            for part in reversed(factor.key.split(".")):
+                value = {part: value}
+            nested = merge(nested, value)
+        label = _label([f.short for f in factors], values)
+        fixed = {"run": None, "seed": 0, "threads": threads}
+        try:
+            config = build_config(
+                TrainConfig, with_overrides(settings, merge(merge(dict(over), nested), fixed))
+            )
+        except ConfigError as error:
+            raise ConfigError(f"variant {label}: {error}" if factors else str(error)) from error
+        keyed = dict(zip((factor.key for factor in factors), values, strict=True))
+        variants.append(Variant(label=label, values=keyed, config=config))
+    return variants
+
+
+def _label(names: Sequence[str], values: Sequence[Any]) -> str:
+    """`name=value,...` of characters that any file system takes; what was lost is told apart by a hash."""
+    full = ",".join(f"{name}={_text(value)}" for name, value in zip(names, values, strict=True))
+    full = full or "base"
+    safe = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", full)
+    if safe == full and len(full) <= LONGEST:
+        return full
+    return f"{safe[:LONGEST]}-{hashlib.sha256(full.encode()).hexdigest()[:6]}"
+
+
+def _text(value: Any) -> str:
+    """A value as labels have it.
+
+    Raises:
+        ConfigError: a file could not hold it.
+    """
+    try:
+        return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--vary cannot take the value {value}: {error}") from error
+
+
+def make_jobs(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> list[Job]:
+    """A run for each seed of each variant, seed by seed, so that there is something to compare early.
+
+    Raises:
+        ConfigError: a run folder holds something else.
+    """
+    jobs = []
+    for seed in seeds:
+        for variant in variants:
+            folder = out / variant.label / f"seed{seed}"
+            state, update = examine(folder, replace(variant.config, seed=seed))
+            jobs.append(Job(variant=variant, seed=seed, folder=folder, state=state, update=update))
+    return jobs
+
+
+def examine(folder: Path, config: TrainConfig) -> tuple[State, int]:
+    """What a run folder holds of a run with this config, and the updates of its newest checkpoint.
+
+    Raises:
+        ConfigError: it holds something else; the folder and the settings are named.
+    """
+    checkpoints = sorted(
+        int(path.parent.name)
+        for path in folder.glob("checkpoints/*/state.json")
+        if path.parent.name.isdigit()
+    )
+    stored = folder / "config.yaml"
+    if not stored.exists():
+        if checkpoints or any(
+            (folder / name).exists() for name in ("metrics.jsonl", "summary.json")
+        ):
+            raise ConfigError(
+                f"{folder} holds a run without its config.yaml, so nobody knows what was run; "
+                "remove the folder or give another --out"
+            )
+        return "new", 0
+    try:
+        settings = {key: value for key, value in read_config(stored).items() if key not in FREE}
+        found = build_config(TrainConfig, settings)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the config of {folder} cannot be used ({error}); remove the folder or give another --out"
+        ) from error
+    if other := different(asdict(found), asdict(config)):
+        raise ConfigError(
+            f"{folder} holds a run with other settings: {'; '.join(other[:5])}"
+            f"{'; ...' if len(other) > 5 else ''}. Give another --out, or remove the folder"
+        )
+    if read_summary(folder):
+        return "finished", checkpoints[-1] if checkpoints else 0
+    return ("unfinished", checkpoints[-1]) if checkpoints else ("new", 0)
+
+
+def different(stored: Mapping[str, Any], wanted: Mapping[str, Any], above: str = "") -> list[str]:
+    """`ppo.lr is 0.1, not 0.2` for every setting that changes what a run computes."""
+    found = []
+    for key in dict.fromkeys([*stored, *wanted]):
+        name, one, two = f"{above}{key}", stored.get(key), wanted.get(key)
+        if name in FREE or one == two:
+            continue
+        if isinstance(one, dict) and isinstance(two, dict):
+            found += different(one, two, f"{name}.")
+        else:
+            found.append(f"{name} is {one!r}, not {two!r}")
+    return found
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """`summary.json` of a run; empty if there is none that can be read."""
+    try:
+        summary = json.loads((folder / "summary.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}

@@ -1,0 +1,260 @@
+"""A comparison for people: tables in a terminal, and the data of the report's section."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gtr_turbo.compare.measures import COSTS, OVER_RUN, Measure
+from gtr_turbo.compare.plan import Job
+from gtr_turbo.compare.results import Comparison, VariantResult
+from gtr_turbo.compare.statistics import Difference, Estimate
+
+MOST_MISSING = 20
+"""Missing runs that are listed; the files have all."""
+
+
+def show_plan(console: Console, jobs: Sequence[Job], at_once: int, threads: int) -> None:
+    """Which runs there are, and what would be done with each."""
+    what = {"finished": "taken as it is", "new": "starts"}
+    table = Table(title="plan", title_style="bold")
+    for head in ("variant", "seed", "what happens", "folder"):
+        table.add_column(head, overflow="fold", justify="right" if head == "seed" else "left")
+    for job in jobs:
+        how = what.get(job.state, f"goes on after update {job.update}")
+        table.add_row(*map(Text, (job.variant.label, str(job.seed), how, str(job.folder))))
+    console.print(table)
+    left = sum(job.state != "finished" for job in jobs)
+    console.print(
+        f"{len(jobs)} runs, {left} of them to do; {at_once} at once on {threads} thread(s) each",
+        highlight=False,
+    )
+
+
+def show_comparison(console: Console, comparison: Comparison) -> None:
+    """The tables; the best mean of a column is bold and has a star."""
+    names = comparison.measures
+    splits = dict.fromkeys(
+        name.split("/", 1)[1].rpartition("/")[0] for name in names if name.startswith("after/")
+    )
+    for split in splits:
+        columns = [name for name in names if name.split("/", 1)[1].rpartition("/")[0] == split]
+        shown = [n for n in columns if n.startswith(("before/", "after/"))]
+        where = f" ({split})" if split != "None" else ""
+        _table(console, f"success in the evaluations{where}", comparison, shown)
+    _table(console, f"curves{OVER_RUN}", comparison, [n for n in names if n.startswith("area/")])
+    if comparison.target is not None:
+        _target(console, comparison)
+    _table(console, "cost", comparison, [name for name in names if name in COSTS])
+    for key, results in comparison.effects.items():
+        main = [n for n in names if n.startswith("after/")][:2]
+        _table(console, f"effect of {key}, over the others", comparison, main, results)
+    say = _line(console)
+    if names:
+        say(
+            "Mean over seeds, its 95 % interval (Student's t); paired difference to the first row, its interval."
+        )
+        say(
+            "* best mean. A difference whose interval holds 0 is no finding. All numbers: compare.json"
+        )
+    for result in comparison.missing[:MOST_MISSING]:
+        say(f"missing: {result.job.name}: {result.why}")
+    if len(comparison.missing) > MOST_MISSING:
+        say(f"and {len(comparison.missing) - MOST_MISSING} more are missing")
+    for note in comparison.notes:
+        say(f"note: {note}")
+
+
+def _line(console: Console) -> Any:
+    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(
+    console: Console,
+    title: str,
+    comparison: Comparison,
+    names: Sequence[str],
+    results: Sequence[VariantResult] | None = None,
+) -> None:
+    results = comparison.variants if results is None else results
+    names = [name for name in names if any(name in result.estimates for result in results)]
+    if not names:
+        return
+    table = _new(title, results)
+    best = {name: name_of_best(results, name, comparison.measures[name]) for name in names}
+    for name in names:
+        table.add_column(comparison.measures[name].title.removesuffix(OVER_RUN), justify="right")
+    for result in results:
+        cells = [_cell(result, name, comparison.measures[name], best[name]) for name in names]
+        table.add_row(Text(f"{result.label}\n{_seeds(result)}"), *cells)
+    console.print(table)
+
+
+def _new(title: str, results: Sequence[VariantResult]) -> Table:
+    table = Table(title=Text(title, "bold"), box=SIMPLE_HEAD, show_lines=True, show_edge=False)
+    longest = max(len(result.label) for result in results)
+    table.add_column("variant", overflow="fold", min_width=min(longest, 24))
+    return table
+
+
+def _seeds(result: VariantResult) -> str:
+    if result.finished < result.planned:
+        return f"{result.finished} of {result.planned} runs"
+    return f"{result.planned} run{'s' * (result.planned > 1)}"
+
+
+def name_of_best(results: Sequence[VariantResult], name: str, measure: Measure) -> str | None:
+    """Label of the variant with the best mean; None if all means are alike, or neither end is better."""
+    means = {r.label: r.estimates[name].mean for r in results if name in r.estimates}
+    if measure.better is None or len(set(means.values())) < 2:
+        return None
+    pick = max if measure.better == "higher" else min
+    return pick(means, key=lambda label: means[label])
+
+
+def _cell(result: VariantResult, name: str, measure: Measure, best: str | None) -> Text:
+    number = result.estimates.get(name)
+    if number is None:
+        return Text("-")
+    first = result.label == best
+    text = Text(f"{'* ' if first else ''}{amount(number.mean, measure.unit)}", style="bold")
+    text.append(f"\n{_interval(number, measure)}", style="not bold")
+    gap = result.differences.get(name)
+    if gap is not None and gap.above == gap.below == 0:
+        text.append("\nthe same", style="cyan not bold")
+    elif gap is not None:
+        text.append(f"\n{change(gap.mean, measure.unit)}", style="cyan not bold")
+        text.append(f"\n{_interval(gap, measure)}", style="cyan not bold")
+    return text
+
+
+def _interval(number: Estimate | Difference, measure: Measure) -> str:
+    if (ends := _ends(number, measure)) is None:
+        count = number.seeds if isinstance(number, Estimate) else number.pairs
+        return "one run" if count == 1 else "no spread"
+    write = amount if isinstance(number, Estimate) else change
+    low, high = (write(end, measure.unit, short=True) for end in ends)
+    return f"{low} to {high}"
+
+
+def _ends(number: Estimate | Difference, measure: Measure) -> tuple[float, float] | None:
+    """Student's interval, cut to what the measure can be."""
+    if number.student is None or isinstance(number, Difference) or measure.signed:
+        return number.student
+    low, high = number.student
+    return max(low, 0.0), min(high, 1.0) if measure.unit == "fraction" else high
+
+
+def amount(value: float, unit: str, *, short: bool = False) -> str:
+    """A number with its unit; `short` for the ends of an interval."""
+    if unit == "fraction":
+        return f"{100 * value:.1f}" + ("" if short else " %")
+    if unit == "dollars":
+        return f"{value:.2f}" + ("" if short else " $")
+    digits = 1 if abs(value) < 100 else 0
+    return f"{value:,.{digits}f}" + ("" if short else {"seconds": " s", "MB": " MB"}.get(unit, ""))
+
+
+def change(value: float, unit: str, *, short: bool = False) -> str:
+    """A difference with its sign; of fractions in percentage points."""
+    text = amount(abs(value), unit, short=short).replace(" %", "")
+    return f"{'-' if value < 0 else '+'}{text}"
+
+
+def _target(console: Console, comparison: Comparison) -> None:
+    table = _new(f"reaching {comparison.target:.0%} while training", comparison.variants)
+    table.add_column("seeds that reached it", justify="right")
+    table.add_column("steps, median", justify="right")
+    for row in _reached(comparison.variants):
+        steps = "-" if row["steps"] is None else f"{row['steps']:,.0f}"
+        table.add_row(Text(row["label"]), f"{row['reached']} of {row['seeds']}", steps)
+    console.print(table)
+
+
+def _reached(results: Sequence[VariantResult]) -> list[dict[str, Any]]:
+    return [
+        {"label": r.label, "reached": r.reached, "seeds": r.finished, "steps": r.median_steps}
+        for r in results
+        if r.reached is not None
+    ]
+
+
+def page_data(comparison: Comparison, name: str) -> dict[str, Any]:
+    """The section of the report.
+
+    Args:
+        comparison: the numbers.
+        name: of the recipe, for the title.
+    """
+    shown = [result for result in comparison.variants if result.finished]
+    groups = {result.label: number for number, result in enumerate(shown)}
+    panels = [
+        _panel(comparison, comparison.variants, measure, groups)
+        for measure in comparison.measures
+        if not measure.startswith("target/")
+    ]
+    for key, results in comparison.effects.items():
+        for measure in [m for m in comparison.measures if m.startswith("after/")][:2]:
+            panel = _panel(comparison, results, measure, {})
+            panels.append(panel | {"main": True, "about": f"by {key}, over the other settings"})
+    about = (
+        "Of finished runs; the median counts those that did not reach it as later than all others."
+    )
+    rows = _reached(comparison.variants)
+    target = {"success": comparison.target, "about": about, "rows": rows} if rows else None
+    return {
+        "title": f"GTR-Turbo comparison: {name}",
+        "base": comparison.variants[0].label,
+        "missing": [f"{result.job.name}: {result.why}" for result in comparison.missing],
+        "panels": [panel for panel in panels if any(r["mean"] is not None for r in panel["rows"])],
+        "target": target,
+    }
+
+
+def _panel(
+    comparison: Comparison, results: Sequence[VariantResult], name: str, groups: Mapping[str, int]
+) -> dict[str, Any]:
+    """A measure: a row for each variant."""
+    measure = comparison.measures[name]
+    kind, _, rest = name.partition("/")
+    split = rest.rpartition("/")[0] if kind in ("before", "after") else ""
+    best = name_of_best(results, name, measure)
+    return {
+        "title": measure.title[:1].upper() + measure.title[1:],
+        "about": f"success on {split}" if split not in ("", "None") else "",
+        "unit": measure.unit,
+        "main": kind == "after" or name == "area/rollout/success",
+        "rows": [
+            {
+                "label": result.label,
+                "group": groups.get(result.label),
+                "planned": result.planned,
+                "best": result.label == best,
+                "points": _points(comparison, result.label, name),
+                "seeds": number.seeds if number else 0,
+                **_numbers(number, measure),
+                "difference": gap
+                and {"above": gap.above, "pairs": gap.pairs, **_numbers(gap, measure)},
+            }
+            for result in results
+            for number, gap in [(result.estimates.get(name), result.differences.get(name))]
+        ],
+    }
+
+
+def _points(comparison: Comparison, label: str, name: str) -> list[float]:
+    """The single runs of a variant; none for a setting's value over several variants."""
+    runs = [r for r in comparison.runs if r.job.variant.label == label]
+    return [r.values[name] for r in runs if name in r.values]
+
+
+def _numbers(number: Estimate | Difference | None, measure: Measure) -> dict[str, float | None]:
+    if number is None:
+        return {"mean": None, "low": None, "high": None}
+    low, high = _ends(number, measure) or (None, None)
+    return {"mean": number.mean, "low": low, "high": high}

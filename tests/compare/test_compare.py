@@ -1,0 +1,309 @@
+"""The command itself: real runs in processes of their own, and tables from runs made by hand."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from made_runs import finished
+
+from gtr_turbo.cli import main
+
+SMALL = {
+    "model": {"attention": "eager"},
+    "env": {"num_envs": 2, "options": {"prompt": "compact"}},
+    "sampling": {"max_new_tokens": 4},
+    "rollout": {"turns_per_env": 2},
+    "ppo": {"minibatch_turns": 4, "microbatch_turns": 4, "epochs": 1},
+    "eval": {"episodes": 2},
+    "save": {"interval": 1, "trajectories": 1},
+    "env_steps": 4,
+}
+VARY = ["--vary", "guidance=none,kl"]
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def small(tiny, tmp_path):
+    """A config file for a run of one update."""
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, "model": {**SMALL["model"], "path": str(tiny)}}))
+    return path
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_failed_run_does_not_lose_the_others(capsys, small, tiny, tmp_path):
+    out = tmp_path / "out"
+    command = ["compare", str(small), "--vary", f"model.path=./nowhere,{tiny}", "--seeds", "3,"]
+    command += ["--out", str(out), "--threads", "1"]
+    assert main([*command, "--dry-run"]) == 0
+    assert not out.exists()
+    assert main(command) == 1
+    shown = capsys.readouterr().out
+    failed = lines(out / "attempts.jsonl")[0]["run"].split("/")[0]
+    assert (
+        f"[1/2] {failed}, seed 3: failed: exit code 2: gtr-turbo: model.path='./nowhere'" in shown
+    )
+    assert f"missing: {failed}, seed 3: exit code 2: gtr-turbo: model.path='./nowhere'" in shown
+    assert "1 of 2 runs" in shown
+    made = json.loads((out / "compare.json").read_text())
+    bad, good = made["variants"]
+    assert (bad["planned"], bad["finished"], bad["estimates"]) == (1, 0, {})
+    assert good["finished"] == 1
+    assert good["estimates"]["after/None/student"]["mean"] == 0.0  # random weights write no JSON
+    assert good["estimates"]["cost/cpu_seconds"]["mean"] > 0.5
+    assert good["config"]["threads"] == 1
+    assert (out / "report.html").exists()
+    run = out / good["label"] / "seed3"
+    assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == 3
+    assert "evaluating student before" in (run.parent / "seed3.log").read_text()
+    # what is finished is taken as it is: nothing starts
+    capsys.readouterr()
+    assert main([*command, "--only-summary"]) == 0
+    assert len(lines(out / "attempts.jsonl")) == 4
+    assert f"missing: {failed}, seed 3: not started" in capsys.readouterr().out
+
+
+def test_an_interrupted_comparison_stops_its_runs_and_goes_on_where_they_were(
+    capsys, small, tmp_path
+):
+    out = tmp_path / "out"
+    command = ["compare", str(small), "--vary", "guidance=none", "--seeds", "1", "--out", str(out)]
+    command += ["--threads", "1", "--env_steps", "80", "--eval.episodes", "0"]
+    run = out / "guidance=none" / "seed0"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gtr_turbo", *command], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        for _ in range(600):
+            if (run / "checkpoints" / "000002").exists():
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "interrupted (Ctrl-C)." in error
+    assert "Go on with the same command" in error
+    start, end = lines(out / "attempts.jsonl")
+    assert (start["event"], start["how"]) == ("start", "new")
+    assert (end["event"], end["code"]) == (
+        "end",
+        130,
+    )  # it was seen to end: nothing is left running
+    assert not (run / "summary.json").exists()
+    assert main(command) == 0
+    assert [row["update"] for row in lines(run / "metrics.jsonl")] == list(range(1, 21))
+    events = lines(out / "attempts.jsonl")
+    assert [line.get("how") for line in events] == ["new", None, "unfinished", None]
+    made = json.loads((out / "compare.json").read_text())
+    used = sum(line["cpu_seconds"] for line in events if line["event"] == "end")
+    assert made["runs"][0]["values"]["cost/cpu_seconds"] == pytest.approx(used)
+    assert "goes on after update" in capsys.readouterr().out
+
+
+def test_a_killed_run_says_so(capsys, monkeypatch, tmp_path):
+    """A run that the system kills, such as for its memory."""
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho half way on $OMP_NUM_THREADS\nkill -9 $$\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    out = tmp_path / "out"
+    command = ["compare", "ezpoints", "--seeds", "2", "--threads", "3", "--out", str(out)]
+    assert main([*command, "--jobs", "2"]) == 1
+    shown = capsys.readouterr().out
+    for seed in (0, 1):
+        assert f"missing: base, seed {seed}: killed by SIGKILL: half way on 3" in shown
+    assert "0 of 2 runs" in shown
+    assert json.loads((out / "compare.json").read_text())["variants"][0]["finished"] == 0
+    assert main([*command, "--jobs", "1"]) == 1
+    events = [line["event"] for line in lines(out / "attempts.jsonl")]
+    assert events == ["start", "start", "end", "end", "start", "end", "start", "end"]
+
+
+# from runs made by hand
+
+
+@pytest.fixture
+def made(tmp_path):
+    """3 seeds without guidance at 0.4, 0.5, 0.6; with it 0.1, 0.1 and 0.4 higher; 1 seed is missing."""
+    out = tmp_path / "made"
+    for seed, (low, gap) in enumerate(((0.4, 0.1), (0.5, 0.1), (0.6, 0.4))):
+        for kind, after in (("none", low), ("kl", low + gap)):
+            finished(
+                out / f"guidance={kind}" / f"seed{seed}",
+                seed=seed,
+                over={"guidance": {"kind": kind}},
+                after=after,
+                merge_after=after + 0.05,
+                curve=(0.0, 0.2, 0.4, after, after, after),
+            )
+    return out
+
+
+def summarise(out, *more, code=0):
+    arguments = ["compare", "ezpoints", *VARY, "--seeds", "4", "--out", str(out), "--episodes", "0"]
+    assert main([*arguments, "--only-summary", *more]) == code
+    return json.loads((out / "compare.json").read_text())
+
+
+def test_the_numbers_are_those_of_the_runs(made):
+    found = summarise(made, "--target", "0.5")
+    none, kl = found["variants"]
+    assert (kl["label"], kl["planned"], kl["finished"]) == ("guidance=kl", 4, 3)
+    assert none["estimates"]["after/held-out/student"]["mean"] == pytest.approx(0.5)
+    assert none["differences"] == {}
+    gap = kl["differences"]["after/held-out/student"]
+    assert gap["mean"] == pytest.approx(0.2)
+    assert (gap["pairs"], gap["above"], gap["below"]) == (3, 3, 0)
+    # gaps 0.1, 0.1, 0.4: deviation 0.1 sqrt(3), error 0.1, t(2) = 4.302653
+    assert gap["student"] == pytest.approx([0.2 - 0.4302653, 0.2 + 0.4302653])
+    merge = kl["estimates"]["after/held-out/merge_minus_student"]
+    assert (merge["mean"], merge["student"]) == (pytest.approx(0.05), None)
+    # seed 0 without guidance: (0 + 0.2) / 2 + 0.3 + 0.4 + 0.4 + 0.4 over 5 intervals of 256 steps
+    assert found["runs"][0]["values"]["area/rollout/success"] == pytest.approx(1.6 / 5)
+    # the mean of 3 updates reaches 0.5: without guidance (0.4, 0.5, 0.6) never, at 6, at 5
+    assert (none["reached"], none["median_steps"]) == (2, 6 * 256)
+    assert (kl["reached"], kl["median_steps"]) == (3, 5 * 256)
+    assert found["runs"][3]["values"]["target/seconds"] == 50.0
+    assert [run["why"] for run in found["runs"] if not run["finished"]] == ["not started"] * 2
+    assert str(made) not in (made / "compare.json").read_text()
+
+
+def test_a_row_a_run_is_in_the_csv(made):
+    summarise(made)
+    table = list(csv.DictReader((made / "compare.csv").read_text().splitlines()))
+    assert len(table) == 8
+    assert (table[1]["variant"], table[1]["guidance.kind"], table[1]["seed"]) == (
+        "guidance=kl",
+        "kl",
+        "0",
+    )
+    assert float(table[1]["after/held-out/student"]) == 0.5
+    assert (table[7]["finished"], table[7]["after/held-out/student"]) == ("false", "")
+
+
+def test_the_table_fits_80_columns_and_marks_the_best(capsys, made, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    summarise(made, "--target", "0.5")
+    text = capsys.readouterr().out
+    assert "* 70.0 %" in text
+    assert "-23.0 to +63.0" in text
+    assert "3 of 4 runs" in text
+    assert "missing: guidance=kl, seed 3: not started" in text
+    table = text[: text.index("Mean over seeds")]
+    assert all(len(line) <= 80 for line in table.splitlines())
+
+
+def test_held_out_curves_are_used_where_they_were_logged(made):
+    for number, path in enumerate(sorted(made.glob("*/seed*/metrics.jsonl"))):
+        rows = lines(path)
+        for row in rows[::2]:
+            row["eval/student_success"], row["eval/teacher_success"] = 0.5, 0.6 + 0.01 * number
+            row["external/dollars"] = 0.001 * row["env_steps"]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = summarise(made, "--target", "0.5")
+    kl = found["variants"][1]["estimates"]  # the first three of the paths
+    assert kl["area/eval/teacher_success"]["mean"] == pytest.approx(0.61)
+    assert kl["cost/dollars"]["mean"] == pytest.approx(
+        1.28
+    )  # the last row that has it: 5 * 256 steps
+    lead = kl["area/eval/merge_minus_student"]
+    assert lead["mean"] == pytest.approx(0.11)
+    assert lead["student"] == pytest.approx(
+        [0.11 - 4.302653 * 0.01 / 3**0.5, 0.11 + 4.302653 * 0.01 / 3**0.5]
+    )
+    assert found["variants"][1]["median_steps"] == 256 * 5  # the third time it is measured
+
+
+def test_a_damaged_line_is_skipped_and_told(capsys, made):
+    path = made / "guidance=kl" / "seed1" / "metrics.jsonl"
+    text = path.read_text().splitlines()
+    path.write_text("\n".join([text[0], text[1][:20], *text[2:], '{"update": 7']) + "\n")
+    found = summarise(made)
+    assert (
+        "note: guidance=kl/seed1/metrics.jsonl: 2 damaged lines skipped" in capsys.readouterr().out
+    )
+    assert found["variants"][1]["finished"] == 3
+    path.write_text("nothing of use\n")
+    found = summarise(made)
+    assert found["variants"][1]["finished"] == 2
+    assert "none of them readable" in found["runs"][3]["why"]
+
+
+def test_a_folder_of_another_config_stops_everything(capsys, made):
+    finished(made / "guidance=kl" / "seed3", seed=3, over={"ppo": {"clip": 0.1}})
+    arguments = ["compare", "ezpoints", *VARY, "--seeds", "4", "--out", str(made)]
+    for more in ([], ["--only-summary"], ["--dry-run"]):
+        assert main([*arguments, *more]) == 2
+        error = capsys.readouterr().err
+        assert "seed3 holds a run with other settings" in error
+        assert "guidance.kind is 'kl', not" not in error
+        assert "ppo.clip is 0.1, not 0.2" in error
+    assert not (made / "attempts.jsonl").exists()
+
+
+def test_a_grid_has_the_effect_of_each_setting_over_the_others(capsys, tmp_path):
+    out = tmp_path / "out"
+    success = {("none", 1): 0.2, ("none", 5): 0.6, ("kl", 1): 0.3, ("kl", 5): 0.9}
+    for (kind, beta), after in success.items():
+        for seed, more in enumerate((-0.02, 0.02)):
+            finished(
+                out / f"guidance={kind},beta={beta}" / f"seed{seed}",
+                seed=seed,
+                over={"guidance": {"kind": kind, "beta": beta}},
+                after=after + more,
+            )
+    arguments = ["compare", "ezpoints", *VARY, "--vary", "guidance.beta=1,5", "--seeds", "2"]
+    assert main([*arguments, "--only-summary", "--out", str(out), "--episodes", "0"]) == 0
+    effects = json.loads((out / "compare.json").read_text())["effects"]
+    kl = effects["guidance.kind"][1]
+    assert kl["label"] == "guidance=kl"
+    assert kl["estimates"]["after/held-out/student"]["mean"] == pytest.approx(0.6)
+    assert kl["differences"]["after/held-out/student"]["mean"] == pytest.approx(
+        0.2
+    )  # (0.1 + 0.3) / 2
+    assert kl["differences"]["after/held-out/student"]["pairs"] == 4
+    high = effects["guidance.beta"][1]
+    assert high["differences"]["after/held-out/student"]["mean"] == pytest.approx(
+        0.5
+    )  # (0.4 + 0.6) / 2
+    assert "effect of guidance.beta" in capsys.readouterr().out
+
+
+def test_nothing_there_is_no_success(capsys, tmp_path):
+    arguments = [
+        "compare",
+        "ezpoints",
+        "--seeds",
+        "1",
+        "--only-summary",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert main(arguments) == 1
+    assert "0 of 1 runs" in capsys.readouterr().out
+
+
+def test_comparing_what_is_there_needs_no_torch(made):
+    code = f"""
+import sys
+from gtr_turbo.cli import main
+main(["compare", "ezpoints", "--vary", "guidance=none,kl", "--only-summary", "--out", {str(made)!r}])
+assert not {{"torch", "transformers"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

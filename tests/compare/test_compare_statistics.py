@@ -1,0 +1,159 @@
+"""Every number by hand; where scipy has the same, by scipy too."""
+
+import math
+
+import numpy as np
+import pytest
+
+from gtr_turbo.compare.statistics import (
+    area,
+    bootstrap,
+    difference,
+    estimate,
+    first_reach,
+    interquartile_mean,
+    probability_of_improvement,
+    stratified_mean,
+    student_interval,
+    student_quantile,
+)
+
+NAN = math.nan
+
+
+def row(*numbers):
+    return np.array(numbers, float)
+
+
+def test_the_quantile_of_student_is_that_of_the_tables():
+    # Student 1908; e.g. Abramowitz & Stegun, table 26.10
+    for freedom, t in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
+        assert student_quantile(freedom) == pytest.approx(t, abs=5e-4)
+    assert student_quantile(1, 0.5) == pytest.approx(1.0)  # tan(pi / 4)
+
+
+def test_the_quantile_agrees_with_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in (1, 2, 3.7, 11, 150):
+        for level in (0.5, 0.9, 0.99):
+            expected = stats.t.ppf((1 + level) / 2, freedom)
+            assert student_quantile(freedom, level) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_interquartile_mean_drops_whole_quarters():
+    assert interquartile_mean(row(9, 1, 2, 3, 4, 5, 6, -50)) == 3.5  # 8 scores: 2 at each end
+    assert interquartile_mean(row(0, 1, 2, 3, 100)) == 2.0  # 5 scores: 1 at each end
+    assert interquartile_mean(row(0, 1, 5)) == 2.0  # too few to drop any
+
+
+def test_the_interquartile_mean_is_rliables():
+    stats = pytest.importorskip("scipy.stats")
+    scores = np.random.default_rng(0).normal(size=(7, 13))
+    expected = [stats.trim_mean(one, 0.25) for one in scores]
+    np.testing.assert_allclose(interquartile_mean(scores), expected, rtol=1e-12)
+
+
+def test_the_interval_of_one_stratum_is_students():
+    # mean 2, deviation 1, standard error 1 / sqrt(3), t(2) = 4.302653
+    low, high = student_interval([row(1, 2, 3)])
+    assert low == pytest.approx(2 - 4.302653 / math.sqrt(3), abs=1e-6)
+    assert high == pytest.approx(2 + 4.302653 / math.sqrt(3), abs=1e-6)
+
+
+def test_strata_add_their_variances_and_not_what_lies_between_them():
+    # two strata of 3, far apart: error^2 = (1/3 + 1/3) / 4 = 1/6, Welch's freedom 4, t(4) = 2.776445
+    low, high = student_interval([row(1, 2, 3), row(101, 102, 103)])
+    assert (low + high) / 2 == pytest.approx(52)
+    assert (high - low) / 2 == pytest.approx(2.776445 / math.sqrt(6), abs=1e-6)
+
+
+def test_no_interval_comes_from_one_seed_or_from_seeds_that_are_alike():
+    one, alike = estimate(row(0.5)), estimate(row(0.5, 0.5, 0.5))
+    for about in (one, alike):
+        assert about.mean == about.iqm == 0.5
+        assert about.student is about.bootstrap is about.iqm_bootstrap is None
+    assert (one.seeds, alike.seeds) == (1, 3)
+
+
+def test_a_missing_run_is_left_out_and_a_missing_stratum_leaves_no_mean():
+    assert estimate(row(1, NAN, 3)).mean == 2
+    assert estimate(row(1, NAN, 3)).seeds == 2
+    assert estimate(np.array([[1, 3], [NAN, NAN]])) is None
+    assert estimate(row(NAN)) is None
+
+
+def test_the_mean_over_strata_weighs_strata_and_not_runs():
+    about = estimate(np.array([[0.0, 0.0, 0.0], [1.0, NAN, NAN]]))
+    assert about.mean == 0.5
+    assert about.iqm == 0.0  # of the four scores the lowest and the highest are dropped
+
+
+def test_the_bootstrap_of_two_scores_is_known():
+    # resamples of (0, 1): means 0, 1/2, 1 with 1/4, 1/2, 1/4, so both ends are reached
+    assert bootstrap([row(0, 1)], stratified_mean) == (0.0, 1.0)
+    assert bootstrap([row(0, 1)], stratified_mean, level=0.4) == (0.5, 0.5)
+
+
+def test_the_bootstrap_draws_within_strata():
+    # drawn over all four the mean would vary; within strata it cannot
+    assert bootstrap([row(0, 0), row(1, 1)], stratified_mean) is None
+
+
+def test_the_bootstrap_agrees_with_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    scores = np.random.default_rng(1).normal(size=12)
+    expected = stats.bootstrap(
+        (scores,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(2)
+    ).confidence_interval
+    found = bootstrap([scores], stratified_mean)
+    assert found == pytest.approx((expected.low, expected.high), abs=0.03)  # Monte Carlo
+
+
+def test_a_difference_is_that_of_pairs():
+    # seeds are 0 to 10 apart, the variant is always about 1 above: unpaired nothing would be seen
+    gap = difference(row(1.5, 6, 11.5, NAN), row(0.5, 5, 10, 3))
+    assert gap.pairs == 3
+    assert gap.mean == pytest.approx(3.5 / 3)
+    assert (gap.above, gap.below) == (3, 0)
+    low, high = gap.student  # gaps 1, 1, 1.5: deviation 1 / sqrt(12), error 1/6
+    assert low == pytest.approx(3.5 / 3 - 4.302653 / 6, abs=1e-6)
+    assert high == pytest.approx(3.5 / 3 + 4.302653 / 6, abs=1e-6)
+    assert gap.bootstrap == pytest.approx(
+        (1.0, 1.5)
+    )  # the resamples of three pairs reach both ends
+
+
+def test_no_common_seed_is_no_difference():
+    assert difference(row(1, NAN), row(NAN, 1)) is None
+    assert difference(np.array([[1, 2], [1, NAN]]), np.array([[1, 2], [NAN, 1]])) is None
+
+
+def test_the_probability_of_improvement_counts_pairs_and_half_the_ties():
+    # 2 > 1, 2 = 2, 2 < 3; 4 > all: (1 + 1/2 + 0 + 3) / 6
+    gap = np.array([row(2, 4, 4), row(1, 2, 3)])
+    assert probability_of_improvement([gap]) == pytest.approx((1.5 + 3 + 3) / 9)
+    assert probability_of_improvement([gap, gap[::-1]]) == pytest.approx(0.5)  # mean of the strata
+    assert difference(row(1, 2), row(1, 2)).improvement == 0.5
+
+
+def test_the_probability_of_improvement_is_mann_whitneys():
+    stats = pytest.importorskip("scipy.stats")
+    x, y = np.random.default_rng(3).integers(0, 6, size=(2, 9)).astype(float)
+    u = stats.mannwhitneyu(x, y).statistic
+    assert probability_of_improvement([np.array([x, y])]) == pytest.approx(u / 81)
+
+
+def test_the_area_is_the_mean_height_over_the_range():
+    assert area([0, 10, 20], [0, 1, 1], 0, 20) == pytest.approx(0.75)  # (5 + 10) / 20
+    assert area([0, 10, 20], [0, 1, 1], 5, 15) == pytest.approx(0.875)  # (0.75 * 5 + 1 * 5) / 10
+    assert area([0, 30], [0, 3], 10, 10) == 1.0
+    assert area([5, 10], [1, 1], 0, 10) is None  # it does not reach back to 0
+    assert area([], [], 0, 1) is None
+
+
+def test_a_target_is_reached_by_a_mean_and_not_by_luck():
+    values = [0.9, 0.1, 0.2, 0.6, 0.7, 0.8]
+    assert first_reach(values, 0.5, 1) == 0
+    assert first_reach(values, 0.5, 3) == 4  # (0.2 + 0.6 + 0.7) / 3 is 0.5
+    assert first_reach(values, 0.75, 3) is None
+    assert first_reach([1.0, 1.0], 0.5, 3) is None
