@@ -35,7 +35,7 @@ def run(tiny, tmp_path_factory):
         env_steps=14,
         rollout=RolloutConfig(turns_per_env=7),
         ppo=PPOConfig(minibatch_turns=7, microbatch_turns=7, epochs=1),
-        eval=EvalConfig(episodes=1),
+        eval=EvalConfig(episodes=1, interval=1, interval_episodes=2),
     )
     with pytest.MonkeyPatch.context() as patch, own_folder(folder):
         patch.setattr("gtr_turbo.collect.generate", scripted)

@@ -33,7 +33,7 @@ def settings(path, **groups):
     defaults = {
         "env_steps": 4,
         "threads": 1,
-        "tensorboard": False,
+        "trackers": (),
         "model": ModelConfig(path=str(path), attention="eager"),
         "env": EnvConfig(
             options={"prompt": "compact"}, train_split="train", eval_split="held-out", num_envs=2
@@ -113,7 +113,7 @@ class Silent:
     """A view that shows nothing."""
 
     def __init__(self):
-        self.rows = []
+        self.rows, self.notes = [], []
 
     def started(self, config, run, update):
         pass
@@ -123,3 +123,6 @@ class Silent:
 
     def updated(self, row):
         self.rows.append(dict(row))
+
+    def noted(self, text):
+        self.notes.append(text)

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gtr_turbo import trackers
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import EnvConfig, TrainConfig
 from gtr_turbo.settings import (
@@ -72,6 +73,7 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.print_config:
         print(dump_config(config), end="")
         return 0
+    trackers.chosen(config)
     run = _new_run(config)
     config = replace(config, run=str(run))
     from gtr_turbo import checkpoint
