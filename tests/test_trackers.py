@@ -9,8 +9,8 @@ from gtr_turbo import trackers, trainer
 from gtr_turbo.checkpoint import own_folder
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.cli import main
-from gtr_turbo.settings import build_config, dump_config
 from gtr_turbo.config import TrainConfig
+from gtr_turbo.settings import build_config, dump_config
 from gtr_turbo.trackers import Trackers, chosen
 from tiny import Silent, scripted, settings
 

@@ -240,7 +240,7 @@ class TrainConfig:
     threads: int = 2
     """CPU threads of torch."""
     trackers: Literal["auto"] | tuple[Literal["tensorboard", "wandb", "trackio"], ...] = "auto"
-    """Where metrics go beside `metrics.jsonl`, each with the extra of its name; `auto`: TensorBoard if installed."""
+    """Where metrics go beside `metrics.jsonl`; each needs its extra. `auto`: TensorBoard if installed."""
     model: ModelConfig = field(default_factory=ModelConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -50,8 +50,9 @@ def self_bleu(texts: Sequence[str], *, most: int = 128, seed: int = 0) -> float 
 
     Sentence BLEU of Papineni et al. 2002: clipped precisions of 1- to 4-grams with equal weights, times the
     brevity penalty for the closest reference length (the shorter of two as close). A text of fewer than
-    four words is judged by the orders it has, a text without a word in common with others is 0. Words are runs of letters and digits, and single other
-    characters, so that `2*6=12` has five. Exact, in time linear in the number of n-grams.
+    four words is judged by the orders it has; one that shares no word with another scores 0. Words are runs
+    of letters and digits, and single other characters, so that `2*6=12` has five. Exact, in time linear in
+    the number of n-grams.
 
     Args:
         texts: of one update.

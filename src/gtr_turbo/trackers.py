@@ -6,6 +6,7 @@ one that fails later is dropped, and the run goes on. Keys come from the environ
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -13,7 +14,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import TrainConfig
@@ -192,7 +193,7 @@ class Trackers:
     def write(self, row: Mapping[str, float]) -> None:
         """Give a row to all that are left."""
         for name, writer in list(self._writers.items()):
-            self._guard(name, lambda w=writer: w.write(row))
+            self._guard(name, functools.partial(writer.write, row))
 
     def close(self) -> None:
         """Flush all that are left."""

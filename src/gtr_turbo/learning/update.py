@@ -79,8 +79,7 @@ def update(
     max_logprob_gap: float,
     imitation: Imitation | None = None,
 ) -> dict[str, float]:
-    """Train on one batch; returns what docs/metrics.md calls the `ppo` and `critic` groups, and
-    `thought/entropy`.
+    """Train on one batch; returns the `ppo` and `critic` groups of docs/metrics.md, and `thought/entropy`.
 
     Args:
         policy: its weights change.
