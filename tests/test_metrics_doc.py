@@ -97,5 +97,9 @@ def test_numbers_agree_with_the_trajectories(run):
     assert row["rollout/success"] == 0
     assert row["rollout/truncated"] == 2 / 14
     assert row["rollout/valid"] == 1
+    # every reply has the thought "2*6=12": one template for all frames
+    assert row["thought/template_share"] == row["thought/top_template"] == 1
+    assert row["thought/self_bleu"] == pytest.approx(1)
+    assert 0 < row["thought/distinct"] < 1
     assert row["teacher/kl"] == 0  # the first teacher is the agent
     assert row["teacher/age"] == 0

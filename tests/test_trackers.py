@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -132,6 +133,38 @@ Trackers(TrainConfig(trackers=("wandb",)), Path("."), print)
     assert "ConfigError: trackers: wandb did not start" in error
     assert "API key" in error
     assert "WANDB_MODE=offline" in error
+
+
+def test_trackio_is_started_named_and_resumed(tmp_path, monkeypatch):
+    """Its calls; with trackio itself: real_trackio.py."""
+    started, logged = [], []
+
+    class Run:
+        def log(self, metrics, step):
+            logged.append((step, metrics))
+
+        def finish(self):
+            logged.append("finished")
+
+    def init(**options):
+        started.append(options)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=init))
+    monkeypatch.setattr(trackers, "_installed", lambda name: True)
+    for resume in (False, True):
+        writers = Trackers(
+            settings("m", trackers=("trackio",)), tmp_path, pytest.fail, resume=resume
+        )
+        writers.write(ROW)
+        writers.close()
+    first, second = started
+    assert (first.pop("resume"), second.pop("resume")) == ("never", "allow")
+    assert first == second
+    assert first["project"] == "gtr-turbo"
+    assert first["name"].startswith(f"{tmp_path.name}-")
+    assert first["config"]["env"]["id"] == "EZPoints"
+    assert logged[:2] == [(8, {"rollout/success": 0.5, "rollout/valid": 1.0}), "finished"]
 
 
 def test_tensorboard_holds_metrics_that_are_in_some_rows_only(tmp_path):
