@@ -1,9 +1,12 @@
 import math
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from gtr_turbo.signals import distinct_share, self_bleu, spread, template_share, top_template
+from gtr_turbo.tracking import thought_metrics
 
 
 def test_repetition_over_states_by_hand():
@@ -61,3 +64,29 @@ def test_self_bleu_draws_by_its_seed_and_in_bounded_time():
     first = self_bleu(texts, most=64, seed=1)
     assert time.process_time() - began < 2
     assert first == self_bleu(texts, most=64, seed=1) != self_bleu(texts, most=64, seed=2)
+
+
+def turn(prompt, pixel, **fields):
+    frame = np.full((2, 2, 3), pixel, np.uint8)
+    return SimpleNamespace(prompt=prompt, observed=SimpleNamespace(frame=frame), fields=fields)
+
+
+def test_a_state_is_a_prompt_with_its_frame():
+    turns = [
+        turn("p", 0, thoughts="go up now", action="up"),
+        turn("p", 1, thoughts="go up now", action="up"),
+        turn("q", 1, thoughts="stay", action="up"),
+        turn("q", 1, thoughts="go up now", action="up"),  # its state has a thought already
+    ]
+    found = thought_metrics(turns, seed=0)
+    assert found["thought/distinct"] == 2 / 3
+    assert found["thought/template_share"] == 3 / 4
+    assert found["thought/top_template"] == 1
+    assert found["thought/self_bleu"] == pytest.approx(2 / 3)  # "stay" shares no word
+
+
+def test_without_the_key_thoughts_all_before_the_action_is_the_thought():
+    """Else every thought would be the empty one, and look like a template."""
+    turns = [turn("p", i, plan=f"step {i}", action="up") for i in range(3)]
+    assert thought_metrics(turns, seed=0)["thought/template_share"] == 0
+    assert "thought/self_bleu" not in thought_metrics(turns[:1], seed=0)
