@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # on machines without a GPU, one thread per process keeps tests from disturbing each other
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: train test check lint types format clean
+.PHONY: train test test-trackio check lint types format clean
 
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -30,6 +30,11 @@ test: $(VENV)/.installed  ## lint, types and all tests
 
 check: test
 
+test-trackio:  ## trackio and the pinned pillow exclude each other, so it is tested apart; no torch needed
+	$(PYTHON) -m venv .venv-trackio
+	.venv-trackio/bin/pip install --quiet --disable-pip-version-check trackio==0.43.0 pytest
+	PYTHONPATH=src TRACKIO_DIR=$$(mktemp -d) .venv-trackio/bin/python -m pytest -W default tests/real_trackio.py
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 
@@ -41,4 +46,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-trackio .mypy_cache .ruff_cache

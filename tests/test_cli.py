@@ -33,7 +33,7 @@ SMALL = {
     "save": {"interval": 1},
     "env_steps": 4,
     "threads": 1,
-    "tensorboard": False,
+    "trackers": [],
 }
 
 

@@ -43,7 +43,7 @@ def run(tiny, tmp_path_factory):
         env_steps=14,
         rollout=RolloutConfig(turns_per_env=7),
         ppo=PPOConfig(minibatch_turns=7, microbatch_turns=7, epochs=1),
-        eval=EvalConfig(episodes=1),
+        eval=EvalConfig(episodes=1, interval=1, interval_episodes=2),
     )
     with pytest.MonkeyPatch.context() as patch, own_folder(folder):
         patch.setattr("gtr_turbo.collect.generate", scripted)
@@ -105,5 +105,9 @@ def test_numbers_agree_with_the_trajectories(run):
     assert row["rollout/success"] == 0
     assert row["rollout/truncated"] == 2 / 14
     assert row["rollout/valid"] == 1
+    # every reply has the thought "2*6=12": one template for all frames
+    assert row["thought/template_share"] == row["thought/top_template"] == 1
+    assert row["thought/self_bleu"] == pytest.approx(1)
+    assert 0 < row["thought/distinct"] < 1
     assert row["teacher/kl"] == 0  # the first teacher is the agent
     assert row["teacher/age"] == 0

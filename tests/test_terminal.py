@@ -78,16 +78,22 @@ def test_the_summary_shows_its_numbers():
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_view_tells_of_every_update(tmp_path, terminal):
+def test_a_view_tells_of_every_update(tmp_path, capsys, terminal):
     console = Console(file=io.StringIO(), width=120, force_terminal=terminal)
     row = {"update": 1, "env_steps": 4, "rollout/success": 0.25, "rollout/return": -1.5,
            "rollout/valid": 1.0, "teacher/kl": 0.0123, "critic/explained_variance": -math.pi}  # fmt: skip
     with TerminalView(console) as view:
         view.evaluating("student before", 3, 3)
         view.started(settings("m"), tmp_path, 0)
-        view.updated(row)
+        view.evaluating("merge at update 1", 2, 2)
+        view.updated(row | {"eval/student_success": 0.5, "eval/teacher_success": 0.625})
+        view.noted("wandb [failed]")
+        task = view._progress.tasks[0]
+        assert (task.description, task.completed, task.total) == ("environment steps", 4, 4)
     text = console.file.getvalue()
-    for part in ("25.0%", "-1.50", "0.0123", "EZPoints"):
+    assert ("wandb [failed]" in text) is terminal  # without a panel it goes to standard error
+    assert ("wandb [failed]" in capsys.readouterr().err) is not terminal
+    for part in ("50.0%", "62.5%", "25.0%", "-1.50", "0.0123", "EZPoints"):
         assert part in text
     assert ("\x1b" in text) is terminal
     assert ("evaluating student before: 3/3 episodes" in text) is not terminal

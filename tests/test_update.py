@@ -7,6 +7,7 @@ import torch
 from gtr_turbo.collect import Envs, collect
 from gtr_turbo.config import PPOConfig
 from gtr_turbo.learning.update import TrainingError, cosine, make_optimizer, update
+from gtr_turbo.policy.scoring import score
 from gtr_turbo.turns.batch import make_batch
 from tiny import make_policy, perturb, replies, scripted, settings
 
@@ -115,6 +116,21 @@ def test_entropy_is_raised_by_its_coefficient(made):
             assert moved(policy, start) == 0  # nothing else moves the model
         entropies[coefficient] = run(policy, neutral, PPO)[0]["ppo/entropy"]
     assert entropies[1.0] > entropies[0.0] + 1e-3
+
+
+def test_the_entropy_of_thoughts_leaves_out_actions_and_replies_without_a_thought(made):
+    """With one micro-batch, the mean over its thought tokens before the step."""
+    policy, batch = made
+    mask = batch.thought_mask.clone()
+    mask[0] = False
+    whole = dataclasses.replace(PPO, microbatch_turns=4)
+    with torch.no_grad():
+        entropy = score(policy, batch.inputs).entropy
+    stats, _ = run(policy, batch.with_(thought_mask=mask), whole)
+    assert stats["thought/entropy"] == pytest.approx(float(entropy[mask].mean()), abs=1e-5)
+    assert abs(stats["thought/entropy"] - stats["ppo/entropy"]) > 1e-4  # whole replies
+    none, _ = run(policy, batch.with_(thought_mask=torch.zeros_like(mask)), whole)
+    assert "thought/entropy" not in none
 
 
 def test_the_gradient_is_clipped_to_its_norm(made, monkeypatch):

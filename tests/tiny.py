@@ -33,7 +33,7 @@ def settings(path, **groups):
     defaults = {
         "env_steps": 4,
         "threads": 1,
-        "tensorboard": False,
+        "trackers": (),
         "model": ModelConfig(path=str(path), attention="eager"),
         "env": EnvConfig(
             options={"prompt": "compact"}, train_split="train", eval_split="held-out", num_envs=2
@@ -124,5 +124,5 @@ class Silent:
     def updated(self, row):
         self.rows.append(dict(row))
 
-    def note(self, text):
+    def noted(self, text):
         self.notes.append(text)

@@ -30,7 +30,7 @@ def stream(*path: int) -> int:
     return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> 1)
 
 
-SAMPLING, MINIBATCHES, EVALUATION, TEACHING = 1, 2, 3, 4
+SAMPLING, MINIBATCHES, EVALUATION, TEACHING, SIGNALS = 1, 2, 3, 4, 5
 """Names of streams: `stream(seed, SAMPLING, update)` and so on. Environments use `stream(seed, 0, n, e)`."""
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gtr_turbo import trackers
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import EnvConfig, TrainConfig
 from gtr_turbo.settings import (
@@ -67,6 +68,7 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     if config.guidance.kind == "external":
         config.guidance.external.key()  # before there is a run folder
+    trackers.chosen(config)
     run = _new_run(config)
     config = replace(config, run=str(run))
     from gtr_turbo import checkpoint

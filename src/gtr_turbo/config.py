@@ -195,9 +195,14 @@ class EvalConfig:
     """Episodes before and after training, of student and merge; 0 switches them off."""
     extra_splits: tuple[str, ...] = ()
     """Further splits to evaluate before and after, such as `held-out-multisets`."""
+    interval: int = 0
+    """Updates between evaluations of student and merge during training, on the same episodes each time; 0: none."""
+    interval_episodes: int = 100
+    """Episodes of each of those."""
 
     def __post_init__(self) -> None:
-        not_negative(self, "episodes")
+        not_negative(self, "episodes", "interval")
+        positive(self, "interval_episodes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,8 +239,8 @@ class TrainConfig:
     """Turns to collect in all; a whole number of updates is made of it."""
     threads: int = 2
     """CPU threads of torch."""
-    tensorboard: bool | None = None
-    """Write TensorBoard events too (extra `tensorboard`); null: if it is installed."""
+    trackers: Literal["auto"] | tuple[Literal["tensorboard", "wandb", "trackio"], ...] = "auto"
+    """Where metrics go beside `metrics.jsonl`; each needs its extra. `auto`: TensorBoard if installed."""
     model: ModelConfig = field(default_factory=ModelConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

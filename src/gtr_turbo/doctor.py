@@ -22,7 +22,7 @@ class Finding:
 
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "gymnasium", "numpy", "pillow")
-OPTIONAL = ("tensorboard", "openai", "flash_attn")
+OPTIONAL = ("tensorboard", "wandb", "trackio", "openai", "flash_attn")
 
 
 def _versions() -> list[Finding]:

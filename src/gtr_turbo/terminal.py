@@ -36,6 +36,8 @@ SHOWN = (
     ("action follows thought", "judge/agreement", "{:.1%}"),
     ("thought tokens", "thought/tokens", "{:.1f}"),
     ("distinct thoughts", "thought/distinct", "{:.2f}"),
+    ("thoughts of other states", "thought/template_share", "{:.1%}"),
+    ("self-BLEU of thoughts", "thought/self_bleu", "{:.2f}"),
     ("token entropy", "ppo/entropy", "{:.3f}"),
     ("KL to the teacher", "teacher/kl", "{:.4f}"),
     ("teacher's age", "teacher/age", "{:.0f}"),
@@ -43,6 +45,8 @@ SHOWN = (
     ("critic explains", "critic/explained_variance", "{:.1%}"),
     ("turns not corrected", "external/skipped", "{:.0f}"),
     ("dollars so far", "external/dollars", "{:.2f}"),
+    ("student, fixed deals", "eval/student_success", "{:.1%}"),
+    ("merge, fixed deals", "eval/teacher_success", "{:.1%}"),
 )
 
 
@@ -84,6 +88,7 @@ class TerminalView:
         self._history: dict[str, list[float]] = {}
         self._title = "GTR-Turbo"
         self._said = 0.0
+        self._steps = 1
         self._live = Live(
             self._render(), console=self.console, refresh_per_second=4, transient=False
         )
@@ -119,12 +124,17 @@ class TerminalView:
             "no guidance" if config.guidance.kind == "none" else f"{config.guidance.kind} guidance"
         )
         self._title = f"GTR-Turbo · {config.env.id} · {guidance} · seed {config.seed}"
-        self._progress.reset(self._task, total=config.num_updates * config.turns_per_update)
-        done = update * config.turns_per_update
-        self._progress.update(self._task, description="environment steps", completed=done)
+        self._steps = config.num_updates * config.turns_per_update
+        self._progress.reset(self._task)
+        self._count_steps(update * config.turns_per_update)
         if not self.live:
             self.console.print(f"{self._title} · {run}", soft_wrap=True, markup=False)
         self._show()
+
+    def _count_steps(self, done: float) -> None:
+        self._progress.update(
+            self._task, description="environment steps", completed=done, total=self._steps
+        )
 
     def evaluating(self, what: str, done: int, episodes: int) -> None:
         """Show an evaluation's progress."""
@@ -142,7 +152,7 @@ class TerminalView:
         """Show an update's metrics."""
         for name, number in row.items():
             self._history.setdefault(name, []).append(number)
-        self._progress.update(self._task, completed=row["env_steps"])
+        self._count_steps(row["env_steps"])
         if not self.live:
             parts = [
                 f"{label} {form.format(row[name])}"
@@ -150,15 +160,19 @@ class TerminalView:
                 if name in row
             ]
             kl = f"KL {row['teacher/kl']:.4f}" if "teacher/kl" in row else ""
+            if "eval/student_success" in row:
+                student, merge = row["eval/student_success"], row["eval/teacher_success"]
+                kl += f"  student {student:.1%}, merge {merge:.1%} on fixed deals"
             line = f"update {row['update']:>4.0f}  step {row['env_steps']:>6.0f}  " + "  ".join(
                 [*parts, kl]
             )
             self.console.print(line, soft_wrap=True, markup=False, highlight=False)
         self._show()
 
-    def note(self, text: str) -> None:
-        """Print a line, above the live display if there is one."""
-        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+    def noted(self, text: str) -> None:
+        """Print a line on standard error; with a panel, above it."""
+        console = self.console if self.live else Console(stderr=True)
+        console.print(f"note: {text}", soft_wrap=True, markup=False, highlight=False)
 
 
 def show_summary(console: Console, summary: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a run reports: metrics of an update, and the writers they go to.
+"""What a run reports: metrics of an update, its turns, and the files they go to.
 
 Every name is explained in docs/metrics.md; a test compares.
 """
@@ -13,22 +13,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from gtr_turbo import signals
 from gtr_turbo.checkpoint import write_atomically
 from gtr_turbo.turns.turn import Turn
-
-
-class Writer(Protocol):
-    """Takes the metrics of an update."""
-
-    def write(self, row: Mapping[str, float]) -> None:
-        """Write one row; `update` and `env_steps` are among its keys."""
-        ...
-
-    def close(self) -> None:
-        """Flush."""
-        ...
 
 
 class JsonlWriter:
@@ -47,9 +36,6 @@ class JsonlWriter:
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(dict(row)) + "\n")
 
-    def close(self) -> None:
-        """Nothing is open."""
-
 
 def _update_of(line: str) -> float:
     try:
@@ -58,32 +44,13 @@ def _update_of(line: str) -> float:
         return math.inf  # a line cut by a crash
 
 
-class TensorBoardWriter:
-    """Event files for TensorBoard (extra `tensorboard`)."""
+def rollout_metrics(turns: Sequence[Turn], *, seed: int) -> dict[str, float]:
+    """The `rollout`, `thought` and `judge` groups, from the turns of an update.
 
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                "tensorboard: true needs TensorBoard: pip install 'gtr-turbo[tensorboard]'"
-            ) from error
-        self._writer = SummaryWriter(str(folder))
-
-    def write(self, row: Mapping[str, float]) -> None:
-        """One scalar per metric, over environment steps."""
-        for name, number in row.items():
-            if "/" in name:
-                self._writer.add_scalar(name, number, int(row["env_steps"]))
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._writer.close()
-
-
-def rollout_metrics(turns: Sequence[Turn]) -> dict[str, float]:
-    """The `rollout`, `thought` and `judge` groups, from the turns of an update."""
+    Args:
+        turns: of the update.
+        seed: of the thoughts drawn for `thought/self_bleu`.
+    """
     ended = [turn for turn in turns if turn.done]
     valid = [turn for turn in turns if turn.valid]
     metrics = {
@@ -99,10 +66,8 @@ def rollout_metrics(turns: Sequence[Turn]) -> dict[str, float]:
         metrics["rollout/return"] = _mean([turn.episode_return or 0.0 for turn in ended])
         metrics["rollout/episode_turns"] = _mean([turn.step + 1 for turn in ended])
     if valid:
-        thoughts = [str(turn.fields.get("thoughts", "")) for turn in valid]
-        states = {(turn.prompt, turn.observed.frame.tobytes()) for turn in valid}
+        metrics |= thought_metrics(valid, seed=seed)
         metrics["thought/tokens"] = _mean([turn.thought_tokens for turn in valid])
-        metrics["thought/distinct"] = len(set(thoughts)) / len(states)
         metrics["thought/surprise"] = _mean(
             [
                 -float(turn.reply.logprobs[turn.thought_span].mean())
@@ -115,6 +80,28 @@ def rollout_metrics(turns: Sequence[Turn]) -> dict[str, float]:
     return metrics
 
 
+def thought_metrics(turns: Sequence[Turn], *, seed: int) -> dict[str, float]:
+    """How thoughts repeat over states, from valid turns; a state is a prompt with its frame."""
+    thoughts = [_thought(turn) for turn in turns]
+    states = [(turn.prompt, turn.observed.frame.tobytes()) for turn in turns]
+    metrics = {
+        "thought/distinct": signals.distinct_share(thoughts, states),
+        "thought/template_share": signals.template_share(thoughts, states),
+        "thought/top_template": signals.top_template(thoughts, states),
+    }
+    first = dict(zip(reversed(states), reversed(thoughts), strict=True))  # one thought a state
+    if (bleu := signals.self_bleu(list(first.values()), seed=seed)) is not None:
+        metrics["thought/self_bleu"] = bleu
+    return metrics
+
+
+def _thought(turn: Turn) -> str:
+    """The text under "thoughts"; in an environment without that key, all that comes before the action."""
+    if "thoughts" in turn.fields:
+        return str(turn.fields["thoughts"])
+    return json.dumps({key: value for key, value in turn.fields.items() if key != "action"})
+
+
 def _mean(values: Sequence[float]) -> float:
     return float(sum(values)) / len(values) if values else 0.0
 
@@ -123,6 +110,28 @@ def peak_rss_mb() -> float:
     """The largest resident set of this process so far, in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+class Spent:
+    """What a run has cost: wall-clock seconds, and CPU seconds of this process over all its threads."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.monotonic(), time.process_time()
+
+    def before(self, seconds: float, cpu_seconds: float) -> None:
+        """Add what was spent before an interruption."""
+        self._wall -= seconds
+        self._cpu -= cpu_seconds
+
+    @property
+    def seconds(self) -> float:
+        """By the clock on the wall."""
+        return time.monotonic() - self._wall
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of this process, user and system; 2 threads at work for a second are 2."""
+        return time.process_time() - self._cpu
 
 
 class Clock:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gtr_turbo import checkpoint
-from gtr_turbo.collect import MINIBATCHES, SAMPLING, TEACHING, Envs, collect, stream
+from gtr_turbo.collect import MINIBATCHES, SAMPLING, SIGNALS, TEACHING, Envs, collect, stream
 from gtr_turbo.config import TrainConfig
 from gtr_turbo.evaluate import Evaluation, evaluate
 from gtr_turbo.learning.advantages import assign_credit
@@ -24,12 +22,12 @@ from gtr_turbo.teacher.external import Corrector, correct
 from gtr_turbo.teacher.guidance import guide
 from gtr_turbo.teacher.history import History
 from gtr_turbo.teacher.imitation import Memory, imitation_loss, teach
+from gtr_turbo.trackers import Trackers
 from gtr_turbo.tracking import (
     Clock,
     JsonlWriter,
-    TensorBoardWriter,
+    Spent,
     Trajectories,
-    Writer,
     finite,
     peak_rss_mb,
     rollout_metrics,
@@ -55,8 +53,8 @@ class View(Protocol):
         """An update is done."""
         ...
 
-    def note(self, text: str) -> None:
-        """Something to tell; may come from another thread."""
+    def noted(self, text: str) -> None:
+        """Something that does not stop the run went wrong."""
         ...
 
 
@@ -73,53 +71,131 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
         TrainingError: a loss or gradient is not finite, sampler and scoring disagree, or the corrector's
             budget is spent or its endpoint gone (there is a checkpoint then).
         checkpoint.CheckpointError: the checkpoint is damaged or of another run.
-        ConfigError: the corrector's endpoint refuses us.
+        ConfigError: a tracker is not installed or does not start, or the corrector's endpoint refuses us.
     """
     if config.guidance.kind == "external":
         with Endpoint(config.guidance.external) as endpoint:
             endpoint.check()
     torch.set_num_threads(config.threads)
-    began = time.monotonic()
-    policy = Policy(config.model, temperature=config.sampling.temperature, seed=config.seed)
-    optimizer = make_optimizer(policy, config.ppo)
-    envs = Envs(config.env, config.env.train_split, config.seed)
-    history = History(config.teacher)
-    memory = Memory(run / "imitation", config.guidance.imitation.limit)
-    corrector = _corrector(config, run, envs, view)
-    start_print = checkpoint.fingerprint(dict(policy.model.named_parameters()))
-    start, state = 0, {}
-    if resume:
-        state = checkpoint.load(
-            checkpoint.folders(run)[-1], policy, optimizer, history, start_print
-        )
-        envs.restore(state["envs"])
-        start = state["update"]
-        memory.restore(start)
-    else:
-        envs.start()
-        policy.load_teacher({name: torch.zeros_like(delta) for name, delta in policy.deltas()})
+    spent = Spent()
+    trackers = Trackers(config, run, view.noted, resume=resume)
+    learner = Learner(config, run, view.noted)
+    state = learner.resume(run) if resume else learner.begin()
     evaluations: dict[str, Any] = state.get("evaluations") or _evaluate(
-        policy, config, view, "before", {}
+        learner.policy, config, view, "before", {}
     )
-    began -= state.get("seconds", 0.0)
-    age = state.get("teacher_age", 0)
-    writers = _writers(config, run, start)
+    spent.before(state.get("seconds", 0.0), state.get("cpu_seconds", 0.0))
+    start = state.get("update", 0)
+    metrics_file = JsonlWriter(run / "metrics.jsonl", keep_until=start)
     trajectories = Trajectories(run / "trajectories", config.save.trajectories)
     view.started(config, run, start)
     for iteration in range(start, config.num_updates):
         clock = Clock()
+        turns, batch, learned = learner.step(iteration, clock)
+        merged = learner.remember(iteration, batch, clock)
+        evaluated = _evaluate_between(learner.policy, config, view, iteration + 1, clock)
+        row = {
+            "update": iteration + 1,
+            "env_steps": (iteration + 1) * config.turns_per_update,
+            **rollout_metrics(turns, seed=stream(config.seed, SIGNALS, iteration)),
+            **learned,
+            **merged,
+            **evaluated,
+            **clock.seconds,
+            "system/peak_rss_mb": peak_rss_mb(),
+            "system/seconds": spent.seconds,
+            "system/cpu_seconds": spent.cpu_seconds,
+            "system/trackers_failed": float(trackers.failed),
+        }
+        if (bad := finite(row)) is not None:
+            raise TrainingError(
+                f"{bad} is {row[bad]} in update {iteration + 1}; resume from the last checkpoint"
+            )
+        metrics_file.write(row)
+        trackers.write(row)
+        columns = _per_turn(batch, learner.policy, config.save.trajectories)
+        trajectories.write(iteration + 1, turns, columns)
+        view.updated(row)
+        last = iteration + 1 == config.num_updates
+        if (iteration + 1) % config.save.interval == 0 or last or learner.stopped:
+            learner.save(
+                run,
+                update=iteration + 1,
+                seconds=row["system/seconds"],
+                cpu_seconds=row["system/cpu_seconds"],
+                evaluations=evaluations,
+            )
+        if learner.stopped and not last:
+            raise TrainingError(f"stopped after update {iteration + 1}: {learner.stopped}")
+    evaluations = _evaluate(learner.policy, config, view, "after", evaluations)
+    summary = _summary(config, run, evaluations, spent.seconds)
+    trackers.close()
+    return summary
+
+
+class Learner:
+    """The agent with all that its updates change.
+
+    Attributes:
+        policy: the agent, with its teacher.
+        teacher_age: updates since the teacher was merged.
+    """
+
+    def __init__(self, config: TrainConfig, run: Path, note: Callable[[str], None]) -> None:
+        """Load the model and make the environments; `begin` or `resume` comes next. `note` tells of outages."""
+        self._config = config
+        self.policy = Policy(
+            config.model, temperature=config.sampling.temperature, seed=config.seed
+        )
+        self._optimizer = make_optimizer(self.policy, config.ppo)
+        self._envs = Envs(config.env, config.env.train_split, config.seed)
+        self._history = History(config.teacher)
+        self._memory = Memory(run / "imitation", config.guidance.imitation.limit)
+        self._corrector = _corrector(config, run, self._envs, note)
+        self._start_print = checkpoint.fingerprint(dict(self.policy.model.named_parameters()))
+        self.teacher_age = 0
+
+    @property
+    def stopped(self) -> str | None:
+        """Why there can be no further update, if so."""
+        return self._corrector.stopped if self._corrector else None
+
+    def begin(self) -> dict[str, Any]:
+        """The start of a run: the first episodes, and the starting model as teacher. No state is known yet."""
+        self._envs.start()
+        self.policy.load_teacher(
+            {name: torch.zeros_like(delta) for name, delta in self.policy.deltas()}
+        )
+        return {}
+
+    def resume(self, run: Path) -> dict[str, Any]:
+        """Take up the newest checkpoint of `run`; returns its state."""
+        newest = checkpoint.folders(run)[-1]
+        state = checkpoint.load(
+            newest, self.policy, self._optimizer, self._history, self._start_print
+        )
+        self._envs.restore(state["envs"])
+        self._memory.restore(state["update"])
+        self.teacher_age = state["teacher_age"]
+        return state
+
+    def step(self, iteration: int, clock: Clock) -> tuple[list[Turn], Batch, dict[str, float]]:
+        """Play, ask the teacher, assign credit, learn; returns (turns, batch, metrics)."""
+        config, policy = self._config, self.policy
         generator = torch.Generator().manual_seed(stream(config.seed, SAMPLING, iteration))
-        turns = collect(envs, policy, config.sampling, config.rollout, generator)
+        turns = collect(self._envs, policy, config.sampling, config.rollout, generator)
         clock.lap("collect")
         batch = make_batch(turns, config.env.num_envs, policy.processor.pad_token_id)
         batch = guide(batch, policy, config.guidance, microbatch_turns=config.ppo.microbatch_turns)
         clock.lap("guide")
-        told, imitation = _imitate(policy, turns, envs, memory, corrector, config, iteration)
+        told, imitation = _imitate(
+            policy, turns, self._envs, self._memory, self._corrector, config, iteration
+        )
         clock.lap("teach")
         batch = assign_credit(batch, **_credit(config))
         stats = update(
             policy,
-            optimizer,
+            self._optimizer,
             batch,
             config.ppo,
             seed=stream(config.seed, MINIBATCHES, iteration),
@@ -129,62 +205,33 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
             imitation=imitation,
         )
         clock.lap("update")
-        history.add(policy.deltas())
-        age += 1
-        if history.merge_is_due(iteration):
-            policy.load_teacher(history.merge())
-            age = 0
+        return turns, batch, stats | told
+
+    def remember(self, iteration: int, batch: Batch, clock: Clock) -> dict[str, float]:
+        """Keep the checkpoint and merge if a merge is due; returns the `teacher` group."""
+        self._history.add(self.policy.deltas())
+        self.teacher_age += 1
+        if self._history.merge_is_due(iteration):
+            self.policy.load_teacher(self._history.merge())
+            self.teacher_age = 0
         clock.lap("merge")
-        row = {
-            "update": iteration + 1,
-            "env_steps": (iteration + 1) * config.turns_per_update,
-            **rollout_metrics(turns),
-            **stats,
-            **told,
-            **_teacher_metrics(policy, batch, history, config, age),
-            **clock.seconds,
-            "system/peak_rss_mb": peak_rss_mb(),
-            "system/seconds": time.monotonic() - began,
+        return _teacher_metrics(self.policy, batch, self._history, self._config, self.teacher_age)
+
+    def save(self, run: Path, **state: Any) -> None:
+        """Write a checkpoint of the run's `state` and of everything here."""
+        state |= {
+            "seed": self._config.seed,
+            "start": self._start_print,
+            "teacher_age": self.teacher_age,
+            "envs": self._envs.state(),
         }
-        _log(row, writers)
-        trajectories.write(iteration + 1, turns, _per_turn(batch, policy, config.save.trajectories))
-        view.updated(row)
-        stopped = corrector.stopped if corrector else None
-        due = (iteration + 1) % config.save.interval == 0 or iteration + 1 == config.num_updates
-        if due or stopped:
-            saved = {
-                "update": iteration + 1,
-                "seed": config.seed,
-                "start": start_print,
-                "teacher_age": age,
-                "seconds": row["system/seconds"],
-                "envs": envs.state(),
-                "evaluations": evaluations,
-            }
-            checkpoint.save(run, policy, optimizer, history, saved, keep=config.save.keep)
-        if stopped and iteration + 1 < config.num_updates:
-            raise TrainingError(f"stopped after update {iteration + 1}: {stopped}")
-    for writer in writers:
-        writer.close()
-    evaluations = _evaluate(policy, config, view, "after", evaluations)
-    return _summary(config, run, evaluations, time.monotonic() - began)
+        keep = self._config.save.keep
+        checkpoint.save(run, self.policy, self._optimizer, self._history, state, keep=keep)
 
 
-def _log(row: Mapping[str, float], writers: Sequence[Writer]) -> None:
-    """Write a row.
-
-    Raises:
-        TrainingError: one of its numbers is not finite; nothing is written then.
-    """
-    if (bad := finite(row)) is not None:
-        raise TrainingError(
-            f"{bad} is {row[bad]} in update {row['update']:.0f}; resume from the last checkpoint"
-        )
-    for writer in writers:
-        writer.write(row)
-
-
-def _corrector(config: TrainConfig, run: Path, envs: Envs, view: View) -> Corrector | None:
+def _corrector(
+    config: TrainConfig, run: Path, envs: Envs, note: Callable[[str], None]
+) -> Corrector | None:
     """What corrects thoughts, with `guidance.kind: external`."""
     if config.guidance.kind != "external":
         return None
@@ -194,7 +241,7 @@ def _corrector(config: TrainConfig, run: Path, envs: Envs, view: View) -> Correc
         envs.fields,
         envs.field_schemas,
         envs.tools,
-        view.note,
+        note,
         seed=config.seed,
     )
 
@@ -261,14 +308,6 @@ def _credit(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _writers(config: TrainConfig, run: Path, start: int) -> list[Writer]:
-    writers: list[Writer] = [JsonlWriter(run / "metrics.jsonl", keep_until=start)]
-    installed = importlib.util.find_spec("tensorboard") is not None
-    if config.tensorboard or (config.tensorboard is None and installed):
-        writers.append(TensorBoardWriter(run / "tensorboard"))
-    return writers
-
-
 def _teacher_metrics(
     policy: Policy, batch: Batch, history: History, config: TrainConfig, age: int
 ) -> dict[str, float]:
@@ -318,18 +357,35 @@ def _evaluate(
     if not config.eval.episodes:
         return found
     for split in (config.env.eval_split, *config.eval.extra_splits):
-        found[f"{when}/{split}/student"] = _one(policy, config, view, f"student {when}", split)
+        about = (split, config.eval.episodes)
+        found[f"{when}/{split}/student"] = _one(policy, config, view, f"student {when}", *about)
         if when == "after":
             with policy.as_teacher():
-                found[f"{when}/{split}/teacher"] = _one(policy, config, view, "merge after", split)
+                found[f"{when}/{split}/teacher"] = _one(policy, config, view, "merge after", *about)
     return found
 
 
-def _one(
-    policy: Policy, config: TrainConfig, view: View, what: str, split: str | None
-) -> dict[str, Any]:
-    episodes = config.eval.episodes
+def _evaluate_between(
+    policy: Policy, config: TrainConfig, view: View, update: int, clock: Clock
+) -> dict[str, float]:
+    """The `eval` group, in updates at which an evaluation is due: student and merge on the same episodes."""
+    if not config.eval.interval or update % config.eval.interval:
+        return {}
+    split, episodes = config.env.eval_split, config.eval.interval_episodes
+    student = _one(policy, config, view, f"student at update {update}", split, episodes)
+    with policy.as_teacher():
+        teacher = _one(policy, config, view, f"merge at update {update}", split, episodes)
+    clock.lap("evaluate")
+    return {
+        "eval/student_success": student["success"],
+        "eval/teacher_success": teacher["success"],
+        "eval/episodes": float(episodes),
+    }
 
+
+def _one(
+    policy: Policy, config: TrainConfig, view: View, what: str, split: str | None, episodes: int
+) -> dict[str, Any]:
     def told(done: int) -> None:
         view.evaluating(f"{what} ({split})" if split else what, done, episodes)
 

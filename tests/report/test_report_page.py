@@ -4,7 +4,7 @@ import json
 
 import pytest
 from pages import DESKTOP, PHONE, count, title, until, words
-from stored_runs import frame, make_run, turn, write_lines
+from stored_runs import frame, make_run, row, turn, write_lines
 
 from gtr_turbo.report import write_report
 
@@ -172,6 +172,25 @@ def test_curves_axis_choice_cursor_and_table(opened, report):
     page.mouse.move(box["x"] + box["width"] - 12, box["y"] + 50)
     until(page, "document.querySelector('figure .readout').textContent.startsWith('1 min')")
     assert "0.006" in page.inner_text("#charts .readout")
+
+
+def test_student_and_merge_share_a_chart_though_few_updates_have_them(opened, tmp_path):
+    run = make_run(tmp_path / "run")
+    rows = [row(update) for update in range(1, 7)]
+    for at, student, merge in ((1, 0.25, 0.5), (4, 0.75, 0.625)):
+        rows[at] |= {"eval/student_success": student, "eval/teacher_success": merge}
+    write_lines(run / "metrics.jsonl", rows)
+    write_report([run], tmp_path / "r.html")
+    page = opened(tmp_path / "r.html").go()
+    chart = page.locator('figure[data-metric="eval/student_success"]')
+    assert chart.locator("path.line").count() == 2
+    assert page.locator('figure[data-metric="eval/teacher_success"]').count() == 0
+    assert words(chart.locator(".readout")) == "last: student 0.75 merge 0.625"
+    label = chart.locator("svg.chart").get_attribute("aria-label")
+    assert "run, student: from 0.25 to 0.75; run, merge: from 0.5 to 0.625" in label
+    chart.locator("summary").click()
+    until(page, "document.querySelectorAll('figure tbody tr').length === 2")
+    assert chart.locator("tbody tr").all_inner_texts() == ["12\t0.25\t0.5", "30\t0.75\t0.625"]
 
 
 CONTRAST = """() => {

@@ -79,7 +79,7 @@ def update(
     max_logprob_gap: float,
     imitation: Imitation | None = None,
 ) -> dict[str, float]:
-    """Train on one batch; returns what docs/metrics.md calls the `ppo` and `critic` groups.
+    """Train on one batch; returns the `ppo` and `critic` groups of docs/metrics.md, and `thought/entropy`.
 
     Args:
         policy: its weights change.
@@ -165,6 +165,9 @@ def _minibatch(
         with torch.no_grad():
             ratio = log_ratio.exp()
             clipped = ((ratio - 1).abs() > config.clip).float()
+            thought = batch.thought_mask[micro, : real.shape[1]].to(real.device)
+            if thought.any():
+                sums["thought/entropy"].append(float(losses.masked_mean(scores.entropy, thought)))
             for name, number in {
                 "ppo/policy_loss": surrogate.mean(),
                 "ppo/entropy": entropy.mean(),

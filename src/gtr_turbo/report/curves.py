@@ -14,6 +14,8 @@ MOST_POINTS = 1000
 
 TITLES: dict[str, tuple[str, str]] = {
     "rollout/success": ("Success while training", "fraction of episodes"),
+    "eval/student_success": ("Student and merge (dotted)", "fraction of the same episodes"),
+    "eval/teacher_success": ("Merge", "fraction of the same episodes"),
     "rollout/return": ("Return", "reward per episode"),
     "judge/plan": ("Right plans", "fraction of turns"),
     "judge/agreement": ("Action agrees with plan", "fraction of turns"),
@@ -25,6 +27,10 @@ TITLES: dict[str, tuple[str, str]] = {
     "teacher/kl": ("KL to the teacher", "nats per thought token"),
     "thought/tokens": ("Thought length", "tokens"),
     "thought/distinct": ("Distinct thoughts", "per different state"),
+    "thought/template_share": ("Thoughts of other states", "fraction of (state, thought)"),
+    "thought/top_template": ("States with the commonest thought", "fraction of states"),
+    "thought/self_bleu": ("Self-BLEU of thoughts", "0 to 1"),
+    "thought/entropy": ("Entropy of thoughts", "nats per token"),
     "thought/surprise": ("Surprise of thoughts", "nats per token"),
     "ppo/entropy": ("Entropy", "nats per token"),
     "ppo/clip_fraction": ("Clip fraction", "fraction of tokens"),
@@ -38,12 +44,16 @@ TITLES: dict[str, tuple[str, str]] = {
 
 MAIN = (
     "rollout/success",
+    "eval/student_success",
     "rollout/return",
     "judge/plan",
     "judge/agreement",
     "teacher/kl",
     "thought/tokens",
     "thought/distinct",
+    "thought/template_share",
+    "thought/self_bleu",
+    "thought/entropy",
     "ppo/entropy",
     "ppo/clip_fraction",
     "critic/explained_variance_before",
@@ -52,7 +62,15 @@ MAIN = (
 )
 """Shown first, in this order."""
 
-GROUPS = ("rollout", "thought", "judge", "teacher", "ppo", "critic", "time", "system")
+PAIRS = {
+    "eval/student_success": (
+        ("eval/student_success", "student"),
+        ("eval/teacher_success", "merge"),
+    ),
+}
+"""Metrics that one chart shows together, under the name of the first: (metric, what the chart calls it)."""
+
+GROUPS = ("rollout", "eval", "thought", "judge", "teacher", "ppo", "critic", "time", "system")
 NOT_PLOTTED = {"update", "env_steps", "system/seconds"}
 """The axes themselves."""
 
@@ -139,6 +157,7 @@ def curves(
         "width": width,
         "main": [name for name in MAIN if name in names],
         "names": sorted(names, key=_place),
+        "pairs": PAIRS,
         "titles": {name: TITLES[name] for name in sorted(names) if name in TITLES},
         "runs": [
             {

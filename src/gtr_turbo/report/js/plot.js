@@ -12,20 +12,28 @@ function ticks(low, high, count) {
   return found;
 }
 
-/** Lines of a metric: {group, run, thin, x, y, low, high}; mean lines of groups have low and high. */
+/** Lines of a metric, and of the one it is shown with: {group, run, thin, part, x, y, low, high}; mean lines of groups have low and high. */
 function linesOf(metric, axis) {
+  const pair = own(data.curves.pairs, metric);
+  return pair ? pair.flatMap(([name, part]) => linesOfOne(name, axis, part)) : linesOfOne(metric, axis, "");
+}
+
+function linesOfOne(metric, axis, part) {
   const lines = [];
   data.curves.groups.forEach((group, g) => {
     const band = own(group.bands, metric);
     for (const run of group.runs) {
       const columns = data.curves.runs[run];
       const ys = own(columns.metrics, metric);
-      if (ys) lines.push({ group: g, run, thin: Boolean(band), ...points(columns[axis], ys) });
+      if (ys) lines.push({ group: g, run, part, thin: Boolean(band), ...points(columns[axis], ys) });
     }
-    if (band) lines.push({ group: g, run: null, thin: false, ...points(band[axis], band.mean, band.low, band.high) });
+    if (band) lines.push({ group: g, run: null, part, thin: false, ...points(band[axis], band.mean, band.low, band.high) });
   });
   return lines.filter((line) => line.x.length);
 }
+
+/** What a line is of: its group, and which of a pair. */
+const lineName = (line) => plain(data.curves.groups[line.group].label) + (line.part ? `, ${line.part}` : "");
 
 function points(xs, ys, low, high) {
   const line = { x: [], y: [], low: low && [], high: high && [] };
@@ -166,8 +174,8 @@ function readings(state, x) {
     ...shown.map((line) => {
       const i = x === null ? line.x.length - 1 : nearest(line.x, x);
       const range = line.low ? ` (${fmt(line.low[i])} to ${fmt(line.high[i])})` : "";
-      const name = data.curves.groups.length > 1 ? el("span", { class: "visually-hidden" }, ` ${plain(data.curves.groups[line.group].label)}: `) : null;
-      return el("span", { class: "reading" }, swatch(line.group), name, ended(line, x) ? el("span", { class: "muted" }, "ended") : el("strong", {}, fmt(line.y[i])), ended(line, x) ? null : range);
+      const name = data.curves.groups.length > 1 ? el("span", { class: "visually-hidden" }, ` ${lineName(line)}: `) : null;
+      return el("span", { class: "reading" }, swatch(line.group), name, line.part ? `${line.part} ` : null, ended(line, x) ? el("span", { class: "muted" }, "ended") : el("strong", {}, fmt(line.y[i])), ended(line, x) ? null : range);
     }),
   ];
 }
@@ -204,8 +212,7 @@ function drawChart(svg, state, title, unit) {
   state.cursor = el("line", { y1: MARGIN.top, y2: bottom, class: "cursor", visibility: "hidden" });
   svg.append(state.cursor);
   const told = state.lines.filter((line) => !line.thin).map((line) => {
-    const name = plain(data.curves.groups[line.group].label);
-    return `${name}: from ${fmt(line.y[0])} to ${fmt(line.y[line.y.length - 1])}`;
+    return `${lineName(line)}: from ${fmt(line.y[0])} to ${fmt(line.y[line.y.length - 1])}`;
   });
   const words = `${title}${unit ? `, ${unit}` : ""}, over ${state.axis === "steps" ? "environment steps" : "wall time"}. ${told.join("; ")}. Left and right arrow keys read values.`;
   svg.append(el("desc", {}, words));
@@ -220,7 +227,7 @@ function drawLine(svg, line, x, y) {
     area.style.setProperty("fill", hue(line.group));
     svg.append(area);
   }
-  const stroke = el("path", { d: path(line.y), class: line.thin ? "line thin" : "line", "stroke-dasharray": line.thin ? "" : dash(line.group) });
+  const stroke = el("path", { d: path(line.y), class: line.thin ? "line thin" : "line", "stroke-dasharray": line.part === "merge" ? "1 4" : line.thin ? "" : dash(line.group) });
   stroke.style.setProperty("stroke", hue(line.group));
   svg.append(stroke);
   if (line.x.length === 1) {
@@ -232,7 +239,7 @@ function drawLine(svg, line, x, y) {
 
 /** The chart's numbers: a row for each place on the axis, a column for each run and each mean. */
 function dataTable(title, state) {
-  const heads = state.lines.map((line) => (line.run === null ? `${data.curves.groups[line.group].label} (mean; range)` : data.runs[line.run].label));
+  const heads = state.lines.map((line) => (line.run === null ? `${data.curves.groups[line.group].label} (mean; range)` : data.runs[line.run].label) + (line.part ? `, ${line.part}` : ""));
   const rows = new Map();
   state.lines.forEach((line, column) => line.x.forEach((x, i) => {
     if (!rows.has(x)) rows.set(x, []);

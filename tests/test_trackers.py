@@ -1,0 +1,256 @@
+import json
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from gtr_turbo import trackers, trainer
+from gtr_turbo.checkpoint import own_folder
+from gtr_turbo.checks import ConfigError
+from gtr_turbo.cli import main
+from gtr_turbo.config import TrainConfig
+from gtr_turbo.settings import build_config, dump_config
+from gtr_turbo.trackers import Trackers, chosen
+from tiny import Silent, scripted, settings
+
+ROW = {"update": 1, "env_steps": 8, "rollout/success": 0.5, "rollout/valid": 1.0}
+LATER = {"update": 2, "env_steps": 16, "rollout/valid": 0.75, "eval/student_success": 0.25}
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    """No service is asked, and nothing is written outside the test's folder."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+
+class Recorder:
+    """A tracker that remembers, and fails at row `fails_at`."""
+
+    def __init__(self, fails_at=None):
+        self.rows, self.closed, self._fails_at = [], False, fails_at
+
+    def write(self, row):
+        if len(self.rows) + 1 == self._fails_at:
+            raise ConnectionError("no route to host")
+        self.rows.append(dict(row))
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """Two made-up trackers: the first fails at its second row."""
+    made = {"wandb": Recorder(fails_at=2), "tensorboard": Recorder()}
+    for name, recorder in made.items():
+        monkeypatch.setitem(trackers.WRITERS, name, lambda *_, it=recorder: it)
+    return made
+
+
+def wandb_records(path):
+    """Records of a `.wandb` file: after 7 bytes, LevelDB's log format in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts = path.read_bytes(), 7, b""
+    assert data.startswith(b":W&B")
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def wandb_files(run):
+    """Each start of a run, from its offline files: (id, name, config, metrics by step)."""
+    for path in sorted((run / "wandb").glob("offline-run-*/run-*.wandb")):
+        records = list(wandb_records(path))
+        about = next(record.run for record in records if record.HasField("run"))
+        history = {
+            record.history.step.num: {
+                item.nested_key[0]: json.loads(item.value_json) for item in record.history.item
+            }
+            for record in records
+            if record.HasField("history")
+        }
+        config = {item.key: json.loads(item.value_json) for item in about.config.update}
+        yield about.run_id, about.display_name, config, history
+
+
+def test_wandb_writes_a_run_that_can_be_read_and_resumes_under_its_id(tmp_path):
+    config = settings("m", trackers=("wandb",), seed=7)
+    run = tmp_path / "points-seed7"
+    run.mkdir()
+    for row, resume in ((ROW, False), (LATER, True)):
+        writers = Trackers(config, run, pytest.fail, resume=resume)
+        writers.write(row)
+        writers.close()
+    (first, name, stored, history), (again, _, _, later) = wandb_files(run)
+    assert first == again == json.loads((run / "trackers.json").read_text())["id"]
+    assert name == "points-seed7"
+    assert stored["seed"] == 7
+    assert stored["env"]["id"] == "EZPoints"
+    assert {k: v for k, v in history[8].items() if "/" in k} == {
+        "rollout/success": 0.5, "rollout/valid": 1.0
+    }  # fmt: skip
+    assert later[16]["eval/student_success"] == 0.25
+    assert writers.failed == 0
+
+
+def test_a_new_run_in_an_old_folder_gets_an_id_of_its_own(tmp_path, two):
+    config, seen = settings("m", trackers=("wandb",)), set()
+    for resume in (False, False, True):
+        Trackers(config, tmp_path, pytest.fail, resume=resume)
+        seen.add((tmp_path / "trackers.json").read_text())
+    assert len(seen) == 2
+    (tmp_path / "trackers.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"trackers\.json is damaged"):
+        Trackers(config, tmp_path, pytest.fail, resume=True)
+
+
+def test_wandb_without_a_key_is_an_error_at_the_start(tmp_path):
+    """In a process of its own, as wandb reads its variables once."""
+    code = """
+from pathlib import Path
+from gtr_turbo.config import TrainConfig
+from gtr_turbo.trackers import Trackers
+Trackers(TrainConfig(trackers=("wandb",)), Path("."), print)
+"""
+    env = os.environ | {"WANDB_MODE": "online", "NETRC": str(tmp_path / "none")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    error = done.stderr.splitlines()[-1]
+    assert "ConfigError: trackers: wandb did not start" in error
+    assert "API key" in error
+    assert "WANDB_MODE=offline" in error
+
+
+def test_trackio_is_started_named_and_resumed(tmp_path, monkeypatch):
+    """Its calls; with trackio itself: real_trackio.py."""
+    started, logged = [], []
+
+    class Run:
+        def log(self, metrics, step):
+            logged.append((step, metrics))
+
+        def finish(self):
+            logged.append("finished")
+
+    def init(**options):
+        started.append(options)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=init))
+    monkeypatch.setattr(trackers, "_installed", lambda name: True)
+    for resume in (False, True):
+        writers = Trackers(
+            settings("m", trackers=("trackio",)), tmp_path, pytest.fail, resume=resume
+        )
+        writers.write(ROW)
+        writers.close()
+    first, second = started
+    assert (first.pop("resume"), second.pop("resume")) == ("never", "allow")
+    assert first == second
+    assert first["project"] == "gtr-turbo"
+    assert first["name"].startswith(f"{tmp_path.name}-")
+    assert first["config"]["env"]["id"] == "EZPoints"
+    assert logged[:2] == [(8, {"rollout/success": 0.5, "rollout/valid": 1.0}), "finished"]
+
+
+def test_tensorboard_holds_metrics_that_are_in_some_rows_only(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writers = Trackers(settings("m", trackers="auto"), tmp_path, pytest.fail)
+    writers.write(ROW)
+    writers.write(LATER)
+    writers.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    points = {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+    assert points == {
+        "rollout/success": [(8, 0.5)],
+        "rollout/valid": [(8, 1.0), (16, 0.75)],
+        "eval/student_success": [(16, 0.25)],
+    }
+
+
+def test_a_tracker_that_fails_is_dropped_and_told_once(tmp_path, two):
+    told = []
+    config = settings("m", trackers=("wandb", "tensorboard"))
+    writers = Trackers(config, tmp_path, told.append)
+    for _ in range(4):
+        writers.write(ROW)
+    writers.close()
+    assert len(two["wandb"].rows) == 1
+    assert len(two["tensorboard"].rows) == 4
+    assert (two["wandb"].closed, two["tensorboard"].closed) == (False, True)
+    assert writers.failed == 1
+    (text,) = told
+    assert text.startswith("wandb failed and is dropped")
+    assert "ConnectionError: no route to host" in text
+
+
+def test_a_run_outlives_its_tracker(tiny, tmp_path, two, monkeypatch):
+    monkeypatch.setattr("gtr_turbo.collect.generate", scripted)
+    view = Silent()
+    with own_folder(tmp_path):
+        config = settings(tiny, env_steps=16, trackers=("wandb",))
+        trainer.train(config, tmp_path, view)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    # the row that failed was made before it failed
+    assert [row["system/trackers_failed"] for row in rows] == [0, 0, 1, 1]
+    assert len(view.notes) == 1
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_one_that_does_not_start_closes_those_before_it(tmp_path, two, monkeypatch):
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setitem(trackers.WRITERS, "wandb", broken)
+    with pytest.raises(ConfigError, match="wandb did not start: OSError: disk full"):
+        Trackers(settings("m", trackers=("tensorboard", "wandb")), tmp_path, pytest.fail)
+    assert two["tensorboard"].closed
+
+
+def test_a_missing_package_is_told_before_the_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers, "_installed", lambda name: name != "trackio")
+    run = tmp_path / "run"
+    assert main(["train", "--run", str(run), "--trackers", '["trackio"]']) == 2
+    assert "pip install 'gtr-turbo[trackio]'" in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_auto_takes_tensorboard_where_it_is(monkeypatch):
+    assert chosen(settings("m", trackers="auto")) == ("tensorboard",)
+    assert chosen(settings("m", trackers=())) == ()
+    monkeypatch.setattr(trackers, "_installed", lambda name: False)
+    assert chosen(settings("m", trackers="auto")) == ()
+
+
+@pytest.mark.parametrize("value", ["auto", [], ["wandb"], ["tensorboard", "trackio"]])
+def test_the_setting_survives_its_file(value):
+    import yaml
+
+    config = build_config(TrainConfig, {"trackers": value})
+    again = build_config(TrainConfig, yaml.safe_load(dump_config(config)))
+    assert again == config
+    assert config.trackers == (value if value == "auto" else tuple(value))
+
+
+@pytest.mark.parametrize("value", ["mlflow", ["mlflow"], True])
+def test_an_unknown_tracker_is_refused(value):
+    with pytest.raises(ConfigError, match="trackers"):
+        build_config(TrainConfig, {"trackers": value})
