@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -72,7 +73,10 @@ def wandb_records(path):
 def wandb_files(run):
     """Each start of a run, from its offline files: (id, name, config, metrics by step)."""
     for path in sorted((run / "wandb").glob("offline-run-*/run-*.wandb")):
-        records = list(wandb_records(path))
+        records, deadline = [], time.monotonic() + 20
+        while not any(record.HasField("exit") for record in records):
+            assert time.monotonic() < deadline, f"{path} was never finished"
+            records = list(wandb_records(path))  # wandb's own process writes it, a little later
         about = next(record.run for record in records if record.HasField("run"))
         history = {
             record.history.step.num: {
