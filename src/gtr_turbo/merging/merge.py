@@ -317,10 +317,8 @@ def _run(
 
 def _memory(jobs: Sequence[Job], count: int, threads: int, *, whole: bool) -> int:
     """What a merge allocates at most: chunks and histograms of each thread; whole modules of a low-rank form."""
-    rows = max(
-        4 * CHUNK * (count + 1), 2 * KEEP
-    )  # with those of the base, which no one kept is larger than
-    most = threads * (rows + 2 * 4 * max(CHUNK, KEEP // (2 * count)) + 8 * count * (1 << 16))
+    rows = max(4 * CHUNK * (count + 3), KEEP + 6 * KEEP // count)  # with base, merge and result
+    most = threads * (rows + 8 * count * (1 << 16))
     if whole:
         most += threads * 4 * (count + 4) * max(job.size for job in jobs)
     return most
