@@ -269,7 +269,9 @@ def run_merge(options: argparse.Namespace, rest: Sequence[str]) -> int:
             **given,
         )
     if options.json:
-        print(json.dumps({"seconds": report.seconds, **asdict(report.plan), **report.manifest}))
+        print(
+            json.dumps({"seconds": report.seconds, "plan": asdict(report.plan), **report.manifest})
+        )
     else:
         show_merge(view.console, report)
     return 0

@@ -110,7 +110,7 @@ def test_json_is_one_object(files, tmp_path, capsys):
     assert told["seconds"] > 0
     assert told["settings"]["method"] == "ties"
     assert told["settings"]["density"] == 0.8
-    assert told["inputs"] == paths
+    assert told["plan"]["inputs"] == paths
     kept = json.loads((tmp_path / "out" / "merged-from.json").read_text())
     assert told["tensors"] == kept["tensors"]
     assert told["checkpoints"] == kept["checkpoints"]
@@ -130,9 +130,9 @@ def test_a_dry_run_writes_nothing_and_prints_the_plan(files, tmp_path, capsys):
     assert main([*arguments, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     numbers = 24 * 16 + 40 * 8 + 16
-    assert told["disk_bytes"] == numbers * 4
-    assert told["read_bytes"] == 4 * numbers * 4
-    assert told["memory_bytes"] > 0
+    assert told["plan"]["disk_bytes"] == numbers * 4
+    assert told["plan"]["read_bytes"] == 4 * numbers * 4
+    assert told["plan"]["memory_bytes"] > 0
     assert snapshot(tmp_path) == before
 
 

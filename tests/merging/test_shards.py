@@ -415,10 +415,11 @@ def test_the_folder_appears_when_it_is_complete(tmp_path):
     assert out.stat().st_mode & 0o777 == 0o755
 
 
+@pytest.mark.parametrize("out", ["out", "deep/er/out"])
 @pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit])
-def test_nothing_is_left_when_the_block_fails(tmp_path, error):
+def test_nothing_is_left_when_the_block_fails(tmp_path, error, out):
     def fail():
-        with new_folder(tmp_path / "out") as folder:
+        with new_folder(tmp_path / out) as folder:
             (folder / "sub").mkdir()
             (folder / "sub" / "file").write_text("content")
             raise error

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -120,9 +120,9 @@ class Writer:
         try:
             os.posix_fallocate(descriptor, 0, end)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise OSError(
-                    errno.ENOSPC, f"the disk has no room for {end} bytes", str(file)
+                    error.errno, f"there is no room for {end} bytes ({error.strerror})", str(file)
                 ) from error
             os.ftruncate(descriptor, end)  # a file system that cannot reserve
         os.pwrite(descriptor, first, 0)
@@ -153,6 +153,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MergeError(f"{out} exists already; nothing is overwritten. Give another folder.")
+    missing = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
@@ -171,6 +172,9 @@ def new_folder(out: Path) -> Iterator[Path]:
             _sync(out.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
+            for folder in missing:
+                with suppress(OSError):  # somebody else uses it by now
+                    folder.rmdir()
             raise
 
 
