@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 from gtr_turbo.config import TrainConfig
+from gtr_turbo.learner import Learner
 from gtr_turbo.settings import build_config, config_file, read_config
 from gtr_turbo.tracking import Clock
-from gtr_turbo.trainer import Learner
 
 KINDS = ("none", "static", "kl", "sft")
 

@@ -309,7 +309,7 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, small, tmp_path):
     def broken(*_, **__):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("gtr_turbo.trainer.collect", broken)
+    monkeypatch.setattr("gtr_turbo.learner.collect", broken)
     with pytest.raises(ZeroDivisionError):
         main(["train", "--config", small, "--run", str(tmp_path / "r"), "--eval.episodes", "0"])
 

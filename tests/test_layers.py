@@ -16,7 +16,7 @@ LAYERS = (
     ("compare",),
     ("settings", "trainer", "play", "doctor", "report"),
     ("evaluate", "sft", "terminal"),
-    ("tracking", "trackers"),
+    ("tracking", "trackers", "learner"),
     ("checkpoint",),
     ("collect", "learning.update", "teacher"),
     ("policy", "envs"),

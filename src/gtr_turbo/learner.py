@@ -1,0 +1,240 @@
+"""What an update changes, and the update: play, pad, ask the teacher, assign credit, learn, remember, merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gtr_turbo import checkpoint
+from gtr_turbo.collect import MINIBATCHES, SAMPLING, TEACHING, Envs, collect, stream
+from gtr_turbo.config import TrainConfig
+from gtr_turbo.learning.advantages import assign_credit
+from gtr_turbo.learning.update import Imitation, make_optimizer, update
+from gtr_turbo.policy.model import Policy
+from gtr_turbo.teacher.external import Corrector, correct
+from gtr_turbo.teacher.guidance import guide
+from gtr_turbo.teacher.history import History
+from gtr_turbo.teacher.imitation import Memory, imitation_loss, teach
+from gtr_turbo.tracking import Clock
+from gtr_turbo.turns.batch import Batch, make_batch
+from gtr_turbo.turns.turn import Turn
+
+
+class Learner:
+    """The agent with all that its updates change.
+
+    Attributes:
+        policy: the agent, with its teacher.
+        teacher_age: updates since the teacher was merged.
+    """
+
+    def __init__(self, config: TrainConfig, run: Path, note: Callable[[str], None]) -> None:
+        """Load the model and make the environments; `begin` or `resume` comes next. `note` tells of outages."""
+        self._config = config
+        self.policy = Policy(
+            config.model, temperature=config.sampling.temperature, seed=config.seed
+        )
+        self._optimizer = make_optimizer(self.policy, config.ppo)
+        self._envs = Envs(config.env, config.env.train_split, config.seed)
+        self._history = History(config.teacher)
+        self._memory = Memory(run / "imitation", config.guidance.imitation.limit)
+        self._corrector = _corrector(config, run, self._envs, note)
+        self._start_print = checkpoint.fingerprint(dict(self.policy.model.named_parameters()))
+        self.teacher_age = 0
+
+    @property
+    def stopped(self) -> str | None:
+        """Why there can be no further update, if so."""
+        return self._corrector.stopped if self._corrector else None
+
+    def begin(self) -> dict[str, Any]:
+        """The start of a run: the first episodes, and the starting model as teacher. No state is known yet."""
+        self._envs.start()
+        self.policy.load_teacher(
+            {name: torch.zeros_like(delta) for name, delta in self.policy.deltas()}
+        )
+        return {}
+
+    def resume(self, run: Path) -> dict[str, Any]:
+        """Take up the newest checkpoint of `run`; returns its state."""
+        newest = checkpoint.folders(run)[-1]
+        state = checkpoint.load(
+            newest, self.policy, self._optimizer, self._history, self._start_print
+        )
+        self._envs.restore(state["envs"])
+        self._memory.restore(state["update"])
+        self.teacher_age = state["teacher_age"]
+        return state
+
+    def step(self, iteration: int, clock: Clock) -> tuple[list[Turn], Batch, dict[str, float]]:
+        """Play, ask the teacher, assign credit, learn; returns (turns, batch, metrics)."""
+        config, policy = self._config, self.policy
+        generator = torch.Generator().manual_seed(stream(config.seed, SAMPLING, iteration))
+        turns = collect(self._envs, policy, config.sampling, config.rollout, generator)
+        clock.lap("collect")
+        batch = make_batch(turns, config.env.num_envs, policy.processor.pad_token_id)
+        batch = guide(batch, policy, config.guidance, microbatch_turns=config.ppo.microbatch_turns)
+        clock.lap("guide")
+        told, imitation = _imitate(
+            policy, turns, self._envs, self._memory, self._corrector, config, iteration
+        )
+        clock.lap("teach")
+        batch = assign_credit(batch, **_credit(config))
+        stats = update(
+            policy,
+            self._optimizer,
+            batch,
+            config.ppo,
+            seed=stream(config.seed, MINIBATCHES, iteration),
+            progress=iteration / config.num_updates,
+            progress_after=(iteration + 1) / config.num_updates,
+            max_logprob_gap=config.rollout.max_logprob_gap,
+            imitation=imitation,
+        )
+        clock.lap("update")
+        return turns, batch, stats | told
+
+    def remember(self, iteration: int, batch: Batch, clock: Clock) -> dict[str, float]:
+        """Keep the checkpoint and merge if a merge is due; returns the `teacher` group."""
+        self._history.add(self.policy.deltas())
+        self.teacher_age += 1
+        if self._history.merge_is_due(iteration):
+            self.policy.load_teacher(self._history.merge())
+            self.teacher_age = 0
+        clock.lap("merge")
+        return _teacher_metrics(self.policy, batch, self._history, self._config, self.teacher_age)
+
+    def save(self, run: Path, **state: Any) -> None:
+        """Write a checkpoint of the run's `state` and of everything here."""
+        state |= {
+            "seed": self._config.seed,
+            "start": self._start_print,
+            "teacher_age": self.teacher_age,
+            "envs": self._envs.state(),
+        }
+        keep = self._config.save.keep
+        checkpoint.save(run, self.policy, self._optimizer, self._history, state, keep=keep)
+
+
+def _corrector(
+    config: TrainConfig, run: Path, envs: Envs, note: Callable[[str], None]
+) -> Corrector | None:
+    """What corrects thoughts, with `guidance.kind: external`."""
+    if config.guidance.kind != "external":
+        return None
+    return Corrector(
+        config.guidance.external,
+        run / "external",
+        envs.fields,
+        envs.field_schemas,
+        envs.tools,
+        note,
+        seed=config.seed,
+    )
+
+
+def _imitate(
+    policy: Policy,
+    turns: Sequence[Turn],
+    envs: Envs,
+    memory: Memory,
+    corrector: Corrector | None,
+    config: TrainConfig,
+    iteration: int,
+) -> tuple[dict[str, float], Imitation | None]:
+    """Guidance by imitation: collect the teacher's thoughts; (metrics, what joins the update's steps)."""
+    guidance, own = config.guidance, config.guidance.imitation
+    generator = torch.Generator().manual_seed(stream(config.seed, TEACHING, iteration))
+    if corrector is not None:
+        told = correct(
+            corrector,
+            policy.processor,
+            turns,
+            memory,
+            generator,
+            share=guidance.external.share,
+            longest=config.sampling.max_new_tokens,
+            update=iteration + 1,
+        )
+    elif guidance.kind == "sft":
+        told = teach(
+            policy,
+            turns,
+            envs.fields,
+            memory,
+            guidance,
+            config.sampling,
+            generator,
+            update=iteration + 1,
+        )
+    else:
+        return {}, None
+    weight = own.weight + (own.weight_final - own.weight) * iteration / config.num_updates
+    if not memory.targets or not weight:
+        return told, None
+
+    def losses(draws: torch.Generator) -> Iterator[tuple[Tensor, float]]:
+        for loss, number in imitation_loss(
+            policy, memory, own.samples, draws, microbatch=config.ppo.microbatch_turns
+        ):
+            yield weight * loss, number
+
+    return told, losses
+
+
+def _credit(config: TrainConfig) -> dict[str, Any]:
+    ppo, guidance = config.ppo, config.guidance
+    return {
+        "gamma": ppo.gamma,
+        "lam": ppo.gae_lambda,
+        "normalize": ppo.normalize,
+        "eps": ppo.normalize_eps,
+        "beta": guidance.beta if guidance.kind in ("kl", "static") else 0.0,
+        "credit": guidance.credit,
+        "center": guidance.center,
+    }
+
+
+def _teacher_metrics(
+    policy: Policy, batch: Batch, history: History, config: TrainConfig, age: int
+) -> dict[str, float]:
+    """The `teacher` group."""
+    square = sum(float((delta**2).sum()) for _, delta in policy.deltas())
+    metrics = {"teacher/age": float(age), "teacher/student_distance": square**0.5}
+    metrics["teacher/distance"] = policy.teacher_distance()
+    metrics["teacher/zero_fraction"] = history.zero_fraction
+    if batch.kl_tokens is not None:
+        thoughts = config.guidance.tokens == "thought"
+        mask = batch.thought_mask if thoughts else batch.inputs.response_mask
+        metrics["teacher/kl"] = float(batch.kl_tokens.sum() / mask.sum().clamp(min=1))
+    if batch.kl_tokens is not None and config.guidance.kind in ("kl", "static"):
+        metrics["teacher/credit"] = config.guidance.beta * metrics["teacher/kl"]
+    return metrics
+
+
+def per_turn(batch: Batch, policy: Policy, envs: int) -> dict[str, list[Any]]:
+    """What trajectories hold beside the turns; the text of the tokens for the first `envs` environments."""
+    assert batch.advantages is not None
+    advantages = batch.advantages
+    columns: dict[str, list[Any]] = {
+        "advantage": (advantages if advantages.ndim == 1 else advantages.mean(1)).tolist(),
+        "tokens": [
+            [policy.processor.decode([token]) for token in row[mask].tolist()]
+            if number % batch.shape[1] < envs
+            else []
+            for number, (row, mask) in enumerate(
+                zip(batch.inputs.response_ids, batch.inputs.response_mask, strict=True)
+            )
+        ],
+    }
+    if batch.kl_tokens is not None:
+        counts = batch.thought_mask.sum(1).tolist()
+        columns["kl_tokens"] = [
+            [round(x, 5) for x in row[:n]]
+            for row, n in zip(batch.kl_tokens.tolist(), counts, strict=True)
+        ]
+    return columns
