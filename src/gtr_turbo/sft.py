@@ -20,7 +20,8 @@ from gtr_turbo.checks import ConfigError
 from gtr_turbo.envs import make_env
 from gtr_turbo.envs.contract import attribute
 from gtr_turbo.policy import starter
-from gtr_turbo.policy.model import DTYPES, Policy
+from gtr_turbo.policy.loading import DTYPES
+from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.scoring import score
 from gtr_turbo.sft_config import DemonstrationConfig, SFTConfig
 from gtr_turbo.turns.batch import make_inputs

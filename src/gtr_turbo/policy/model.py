@@ -17,14 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import ModelConfig
 from gtr_turbo.policy import starter
-from gtr_turbo.policy.processing import QWEN, Processor
+from gtr_turbo.policy.loading import add_adapters, is_vision, load, takes_features
+from gtr_turbo.policy.processing import Processor
 from gtr_turbo.turns.turn import Observed
-
-VISION = ("visual", "vision_tower", "vision_model", "vision_encoder")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class ValueHead(nn.Module):
@@ -62,15 +59,15 @@ class Policy(nn.Module):
         super().__init__()
         self.config = config
         self.temperature = temperature
-        base = _load(config)
+        base = load(config)
         self.processor = Processor(starter.model_folder(config.path), base.config.model_type)
-        self.caches_features = config.vision == "frozen" and _takes_features(base)
+        self.caches_features = config.vision == "frozen" and takes_features(base)
         self._plain = base
         torch.manual_seed(seed)
-        self.model: Any = _add_adapters(base, config) if config.train == "lora" else base
+        self.model: Any = add_adapters(base, config) if config.train == "lora" else base
         if config.train == "full":
             for name, parameter in base.named_parameters():
-                parameter.requires_grad_(config.vision == "trained" or not _is_vision(name))
+                parameter.requires_grad_(config.vision == "trained" or not is_vision(name))
         if config.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()
@@ -348,59 +345,3 @@ class Policy(nn.Module):
         """Float32 logits of the policy: banned tokens at -inf, divided by the sampling temperature."""
         logits = logits.float().masked_fill(self.banned, -torch.inf)
         return logits / (self.temperature if temperature is None else temperature)
-
-
-def _is_vision(name: str) -> bool:
-    return any(part in VISION for part in name.split("."))
-
-
-def _takes_features(model: Any) -> bool:
-    return (
-        model.config.model_type in QWEN
-        and "mm_encoder_outputs" in inspect.signature(model.forward).parameters
-        and hasattr(model.model, "get_image_features")
-    )
-
-
-def _load(config: ModelConfig) -> Any:
-    from transformers import AutoModelForImageTextToText
-
-    path = starter.model_folder(config.path)
-    try:
-        return AutoModelForImageTextToText.from_pretrained(
-            path, dtype=DTYPES[config.dtype], attn_implementation=config.attention
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.path={config.path!r} cannot be loaded: {error}. Give tiny-qwen3-vl, tiny-qwen2.5-vl, a "
-            "folder that save_pretrained wrote, or a hub name of an image-text-to-text model."
-        ) from error
-
-
-def linear_layers(model: nn.Module, *, vision: bool) -> list[str]:
-    """Names of the linear layers that get adapters: all of the language model, none of the heads."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and "lm_head" not in name
-        and (vision or not _is_vision(name))
-        and not (
-            not vision
-            and any(part in ("multi_modal_projector", "connector") for part in name.split("."))
-        )
-    ]
-
-
-def _add_adapters(base: Any, config: ModelConfig) -> Any:
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    if config.adapter:
-        return PeftModel.from_pretrained(base, config.adapter, is_trainable=True)
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=linear_layers(base, vision=config.vision == "trained"),
-    )
-    return get_peft_model(base, lora)
