@@ -74,7 +74,7 @@ def main() -> None:
         learners = {}
         for kind in KINDS:
             own = replace(config, guidance=replace(config.guidance, kind=kind))
-            learners[kind] = Learner(own, Path(folder) / kind)
+            learners[kind] = Learner(own, Path(folder) / kind, print)
             learners[kind].begin()
         for iteration in range(options.warmup + options.updates):
             first = iteration % len(KINDS)

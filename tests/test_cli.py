@@ -296,6 +296,13 @@ def test_sigterm_leaves_a_resumable_run(capsys, small, tmp_path, monkeypatch):
     assert [json.loads(row)["update"] for row in rows] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("setting", ["guidance.beta", "ppo.lr", "guidance.external.budget.dollars"])
+@pytest.mark.parametrize("value", [".nan", ".inf"])
+def test_settings_are_finite(capsys, small, setting, value):
+    assert main(["train", "--config", small, f"--{setting}", value]) == 2
+    assert f"{setting}=" in capsys.readouterr().err
+
+
 def test_ctrl_c_before_anything_is_no_traceback(capsys, small, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -142,6 +142,8 @@ Trackers(TrainConfig(trackers=("wandb",)), Path("."), print)
 def test_trackio_is_started_named_and_resumed(tmp_path, monkeypatch):
     """Its calls; with trackio itself: real_trackio.py."""
     started, logged = [], []
+    run = tmp_path / "guidance=kl" / "seed3"  # as a comparison names them
+    run.mkdir(parents=True)
 
     class Run:
         def log(self, metrics, step):
@@ -157,16 +159,16 @@ def test_trackio_is_started_named_and_resumed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=init))
     monkeypatch.setattr(trackers, "_installed", lambda name: True)
     for resume in (False, True):
-        writers = Trackers(
-            settings("m", trackers=("trackio",)), tmp_path, pytest.fail, resume=resume
-        )
+        config = settings("m", trackers=("trackio",), run=str(run))
+        writers = Trackers(config, run, pytest.fail, resume=resume)
         writers.write(ROW)
         writers.close()
     first, second = started
     assert (first.pop("resume"), second.pop("resume")) == ("never", "allow")
     assert first == second
     assert first["project"] == "gtr-turbo"
-    assert first["name"].startswith(f"{tmp_path.name}-")
+    assert first["name"].startswith("guidance=kl-seed3-")
+    assert str(tmp_path) not in str(first)
     assert first["config"]["env"]["id"] == "EZPoints"
     assert logged[:2] == [(8, {"rollout/success": 0.5, "rollout/valid": 1.0}), "finished"]
 
@@ -217,6 +219,17 @@ def test_a_run_outlives_its_tracker(tiny, tmp_path, two, monkeypatch):
     assert [row["system/trackers_failed"] for row in rows] == [0, 0, 1, 1]
     assert len(view.notes) == 1
     assert (tmp_path / "summary.json").exists()
+
+
+def test_a_run_that_fails_closes_its_trackers(tiny, tmp_path, two, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("gtr_turbo.learner.collect", broken)
+    config = settings(tiny, env_steps=16, trackers=("tensorboard",))
+    with own_folder(tmp_path), pytest.raises(ZeroDivisionError):
+        trainer.train(config, tmp_path, Silent())
+    assert two["tensorboard"].closed
 
 
 def test_one_that_does_not_start_closes_those_before_it(tmp_path, two, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
@@ -38,17 +39,21 @@ def check_keys(settings: Mapping[str, Any], cls: type, where: str = "") -> None:
 
 
 def positive(owner: Any, *names: str) -> None:
-    """Refuse fields of `owner` that are 0 or less."""
+    """Refuse fields of `owner` that are not finite numbers above 0."""
     for name in names:
-        if getattr(owner, name) <= 0:
-            raise ConfigError(f"{_path(owner)}{name}={getattr(owner, name)} must be greater than 0")
+        if not 0 < getattr(owner, name) < math.inf:
+            raise ConfigError(
+                f"{_path(owner)}{name}={getattr(owner, name)} must be a number greater than 0"
+            )
 
 
 def not_negative(owner: Any, *names: str) -> None:
-    """Refuse fields of `owner` that are less than 0."""
+    """Refuse fields of `owner` that are not finite numbers of 0 or more."""
     for name in names:
-        if getattr(owner, name) < 0:
-            raise ConfigError(f"{_path(owner)}{name}={getattr(owner, name)} must not be negative")
+        if not 0 <= getattr(owner, name) < math.inf:
+            raise ConfigError(
+                f"{_path(owner)}{name}={getattr(owner, name)} must be a number, not negative"
+            )
 
 
 def fraction(owner: Any, *names: str) -> None:

@@ -10,9 +10,10 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -65,11 +66,11 @@ class WandbWriter:
         wandb.setup(settings=quiet)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or "gtr-turbo",
-            name=run.resolve().name,
+            name=_name(run),
             id=identity,
             resume="allow",
             dir=str(run),
-            config=asdict(config),
+            config=asdict(replace(config, run=None)),
             settings=quiet,
         )
 
@@ -90,8 +91,8 @@ class TrackioWriter:
 
         self._run = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT") or "gtr-turbo",
-            name=f"{run.resolve().name}-{identity}",
-            config=asdict(config),
+            name=f"{_name(run)}-{identity}",
+            config=asdict(replace(config, run=None)),
             resume="allow" if resume else "never",
             embed=False,
             auto_log_cpu=False,
@@ -113,6 +114,12 @@ WRITERS: dict[str, Callable[[TrainConfig, Path, str, bool], Writer]] = {
     "trackio": TrackioWriter,
 }
 """By the name of the package, which is that of the extra and of the setting too."""
+
+
+def _name(run: Path) -> str:
+    """The folder's name; in a comparison, `VARIANT/seedN`, the variant's too."""
+    run = run.resolve()
+    return f"{run.parent.name}-{run.name}" if re.fullmatch(r"seed\d+", run.name) else run.name
 
 
 def _metrics(row: Mapping[str, float]) -> dict[str, float]:

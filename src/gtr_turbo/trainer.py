@@ -71,9 +71,25 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
             endpoint.check()
     torch.set_num_threads(config.threads)
     spent = Spent()
-    trackers = Trackers(config, run, view.noted, resume=resume)
     learner = Learner(config, run, view.noted)
     state = learner.resume(run) if resume else learner.begin()
+    trackers = Trackers(config, run, view.noted, resume=resume)
+    try:
+        return _train(config, run, view, learner, state, trackers, spent)
+    finally:
+        trackers.close()
+
+
+def _train(
+    config: TrainConfig,
+    run: Path,
+    view: View,
+    learner: Learner,
+    state: Mapping[str, Any],
+    trackers: Trackers,
+    spent: Spent,
+) -> dict[str, Any]:
+    """The loop itself."""
     evaluations: dict[str, Any] = state.get("evaluations") or _evaluate(
         learner.policy, config, view, "before", {}
     )
@@ -121,9 +137,7 @@ def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -
         if learner.stopped and not last:
             raise TrainingError(f"stopped after update {iteration + 1}: {learner.stopped}")
     evaluations = _evaluate(learner.policy, config, view, "after", evaluations)
-    summary = _summary(config, run, evaluations, spent.seconds)
-    trackers.close()
-    return summary
+    return _summary(config, run, evaluations, spent.seconds)
 
 
 def _evaluate(

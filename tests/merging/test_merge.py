@@ -698,6 +698,18 @@ def test_a_number_that_is_not_finite_is_found_in_every_type_and_piece(tmp_path, 
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("method", ["dare-ties", "dare-linear"])
+@pytest.mark.parametrize("engine", ["numba", "numpy"])
+def test_what_is_not_finite_is_found_where_nothing_is_dropped(
+    tmp_path, three, method, engine, value
+):
+    origin, paths = three
+    bad = save(tmp_path / "bad", spoiled(load(paths[1]), second=numbers(value)))
+    given = {"base": origin, "method": method, "density": 1.0, "engine": engine}
+    refused([paths[0], bad], tmp_path / "out", "'second'", "bad", "not finite", **given)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
 def test_a_base_that_is_not_finite_is_refused(tmp_path, value):
     base, checkpoints = walk(3, shapes=SMALL)
     origin, paths = written(tmp_path, spoiled(base, second=numbers(value)), checkpoints)

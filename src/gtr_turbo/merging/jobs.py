@@ -34,14 +34,16 @@ class Scratch(threading.local):
     """Memory that a thread uses again, chunk after chunk: fresh pages cost as much as reading."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[str, type], Numbers] = {}
+        self._held: dict[str, Numbers] = {}
 
     def take(self, name: str, dtype: type, size: int) -> Numbers:
         """(size,) of undefined numbers; the next call of the thread with this name has the same memory."""
-        held = self._held.get((name, dtype))
-        if held is None or held.size < size:
-            held = self._held[name, dtype] = np.empty(size, dtype)
-        return held[:size]
+        wanted = size * np.dtype(dtype).itemsize
+        held = self._held.get(name)
+        if held is None or held.size < wanted:
+            self._held.pop(name, None)  # first, or both would be there at once
+            held = self._held[name] = np.empty(wanted, np.uint8)
+        return held[:wanted].view(dtype)
 
 
 @dataclass

@@ -317,7 +317,8 @@ def _run(
 
 def _memory(jobs: Sequence[Job], count: int, threads: int, *, whole: bool) -> int:
     """What a merge allocates at most: chunks and histograms of each thread; whole modules of a low-rank form."""
-    rows = max(4 * CHUNK * (count + 3), KEEP + 6 * KEEP // count)  # with base, merge and result
+    # rows, base, merge and result; the last of float16 is there in float32 too
+    rows = max(4 * CHUNK * (count + 4), KEEP + 7 * KEEP // count)
     most = threads * (rows + 8 * count * (1 << 16))
     if whole:
         most += threads * 4 * (count + 4) * max(job.size for job in jobs)

@@ -219,8 +219,8 @@ def merge_chunks(
             tally.largest,
             merged,
         )
-        if row.thin == "none" and not np.isfinite(merged).all():
-            # sums carry what is not finite, so only then is it looked for
+        if not counted and (row.combine == "vote" or not np.isfinite(merged).all()):
+            # sums carry what is not finite, so only then is it looked for; a vote drops what is no number
             for k, numbers in enumerate(rows):
                 change = arrays.widen(numbers) - arrays.widen(base) if base.size else numbers
                 bits = arrays.magnitudes(arrays.widen(change))
@@ -260,12 +260,13 @@ def _arc(source: Source, t: float) -> NDArray[np.float64]:
     """Factors of slerp between two tensors; nearly parallel ones, or a zero, are interpolated linearly."""
     products = np.zeros(3)
     for rows, base in source.chunks():
-        known = arrays.widen(base)
-        a, b = (
-            (arrays.widen(row) - known if base.size else arrays.widen(row)).astype(np.float64)
-            for row in rows
-        )
-        products += a @ a, b @ b, a @ b
+        for at in range(0, rows.shape[1], 1 << 16):
+            known = arrays.widen(base[at : at + (1 << 16)])
+            a, b = (
+                (arrays.widen(row) - known if base.size else arrays.widen(row)).astype(np.float64)
+                for row in rows[:, at : at + (1 << 16)]
+            )
+            products += a @ a, b @ b, a @ b
     norms = np.sqrt(products[0] * products[1])
     cosine = products[2] / norms if norms > 0 else 1.0
     if abs(cosine) > 0.9995:
