@@ -408,7 +408,9 @@ def merge_pass(entries: int, count: int) -> Row:
 
     moved = entries * 2 * (count + 2)  # rows and base are read, one is written
     here, there = np.ones(moved // 2, np.uint8), np.zeros(moved // 2, np.uint8)
-    merges, copies, selections = [], [], []
+    merges: list[float] = []
+    copies: list[float] = []
+    selections: list[float] = []
     for _ in range(6):  # the first of each is a warm-up
         for times, action in (
             (merges, lambda: merge_chunks(source, recipe, sink, kernels=kernels, cuts=list(cuts))),
