@@ -104,7 +104,9 @@ def situation(prompt, image):
         raise RequestError(f"{env.count} cards of ours are due in the picture, found {len(cards)}")
     observation, _ = env.reset(options={"cards": cards})
     if granularity == "token":
-        actions = re.findall(r"\d+|\S", formula)
+        actions = re.findall(
+            r"10|\S", formula
+        )  # an agent may play numbers in a row: 10 3 reads 103
     else:
         actions = [step.rpartition("=")[0] for step in formula.split(", ") if step]
     for action in actions:
@@ -117,7 +119,8 @@ def situation(prompt, image):
 def correction(env, thought, solved):
     """What is answered: a thought that is right is given back, another is replaced."""
     facts = env.judge({**thought, "action": "="})
-    right = facts["perception"] and facts.get("plan", False)
+    plan = solved.get("plan", "no way")
+    right = facts["perception"] and (facts.get("plan", False) or thought["thoughts"] == plan)
     wrong = "Its plan" if facts["perception"] else "What it sees, or its plan,"
     compact = env.field_schemas["cards"]["items"] == {"type": "integer"}
     return {
@@ -126,7 +129,7 @@ def correction(env, thought, solved):
         "thought": {
             "cards": env.numbers if compact else [RANKS[card.rank] for card in env.cards],
             "formula": env.formula_text(),
-            "thoughts": thought["thoughts"] if right else solved.get("plan", "no way"),
+            "thoughts": thought["thoughts"] if right else plan,
         },
     }
 

@@ -35,11 +35,10 @@ class Scripted(solver_corrector.Handler):
             self.close_connection = True
         elif fault == "drip":  # a header, then byte after byte: never silent for long
             self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
-            while not server.wake.wait(0.05):
-                with suppress(OSError):
+            with suppress(OSError):
+                for _ in range(80):
                     self.wfile.write(b"x")
-                    continue
-                break
+                    server.wake.wait(0.05)
             self.close_connection = True
         elif fault == "html":
             self.send(200, b"<html>Bad gateway</html>", {"Content-Type": "text/html"})

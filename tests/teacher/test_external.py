@@ -714,6 +714,24 @@ def test_the_local_correctors_thoughts_are_right_plans(name, granularity, style)
     assert checked >= 12
 
 
+@pytest.mark.parametrize("name", ["Points24", "EZPoints"])
+def test_the_local_corrector_agrees_that_numbers_in_a_row_lead_nowhere(name):
+    import solver_corrector
+
+    env = make_env(name, prompt="compact", granularity="token").unwrapped
+    cards = [solver_corrector.Card(rank, 0) for rank in (9, 2, 5, 6)[: env.count]]
+    env.reset(options={"cards": cards})
+    env.step("10")
+    observation = env.step("3")[0]
+    thought = {"cards": env.numbers, "formula": "103", "thoughts": "no way"}
+    answer = ask_directly(solver_corrector, observation, thought)
+    assert answer["correct"]
+    assert answer["thought"] == thought
+    answer = ask_directly(solver_corrector, observation, thought | {"thoughts": "10+3=13"})
+    assert not answer["correct"]
+    assert answer["thought"] == thought
+
+
 def ask_directly(module, observation, thought):
     stream = io.BytesIO()
     Image.fromarray(observation["image"]).save(stream, format="png")
