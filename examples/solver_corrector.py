@@ -104,9 +104,7 @@ def situation(prompt, image):
         raise RequestError(f"{env.count} cards of ours are due in the picture, found {len(cards)}")
     observation, _ = env.reset(options={"cards": cards})
     if granularity == "token":
-        actions = re.findall(
-            r"10|\S", formula
-        )  # an agent may play numbers in a row: 10 3 reads 103
+        actions = re.findall(r"10|\S", formula)  # numbers in a row, 10 and 3, read 103
     else:
         actions = [step.rpartition("=")[0] for step in formula.split(", ") if step]
     for action in actions:

@@ -150,10 +150,13 @@ class Endpoint:
 
     def _words(self, error: Any) -> str:
         """What the server itself says of an error: the start of it, printable."""
-        body = cut(error.body, self.secret)
-        if isinstance(body, dict):
-            body = body.get("message") or body
-        text = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)
+        try:
+            body = cut(error.body, self.secret)
+            if isinstance(body, dict):
+                body = body.get("message") or body
+            text = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)
+        except RecursionError:
+            text = "(nested too deeply to be read)"
         return "".join(filter(str.isprintable, text))[:LONGEST_QUOTE]
 
     def _refused(self, status: int) -> ConfigError:
