@@ -43,6 +43,17 @@ class RequestError(ValueError):
     """A request that cannot be answered: HTTP 400."""
 
 
+BAD_REQUESTS = (
+    LookupError,
+    OSError,
+    RecursionError,
+    StopIteration,
+    TypeError,
+    ValueError,
+    Image.DecompressionBombError,
+)
+
+
 def read_cards(image):
     """The cards of a frame, uint8 (300, 300, 3), from left to right; each must be drawn exactly as ours."""
     if image.shape != (SIZE, SIZE, 3):
@@ -76,6 +87,8 @@ def read_question(messages):
     parts = messages[1]["content"]
     text = next(part["text"] for part in parts if part["type"] == "text")
     url = next(part["image_url"]["url"] for part in parts if part["type"] == "image_url")
+    if not (isinstance(text, str) and isinstance(url, str)):
+        raise RequestError("the text and the address of the picture must be strings")
     head, thought = text.rsplit("\n\nThe agent's thought:\n", 1)
     data = base64.b64decode(url.removeprefix("data:image/png;base64,"), validate=True)
     image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
@@ -91,7 +104,7 @@ def situation(prompt, image):
         raise RequestError(f"{env.count} cards of ours are due in the picture, found {len(cards)}")
     observation, _ = env.reset(options={"cards": cards})
     if granularity == "token":
-        actions = re.findall(r"\d+|\S", formula)
+        actions = re.findall(r"10|\S", formula)  # numbers in a row, 10 and 3, read 103
     else:
         actions = [step.rpartition("=")[0] for step in formula.split(", ") if step]
     for action in actions:
@@ -104,7 +117,8 @@ def situation(prompt, image):
 def correction(env, thought, solved):
     """What is answered: a thought that is right is given back, another is replaced."""
     facts = env.judge({**thought, "action": "="})
-    right = facts["perception"] and facts.get("plan", False)
+    plan = solved.get("plan", "no way")
+    right = facts["perception"] and (facts.get("plan", False) or thought["thoughts"] == plan)
     wrong = "Its plan" if facts["perception"] else "What it sees, or its plan,"
     compact = env.field_schemas["cards"]["items"] == {"type": "integer"}
     return {
@@ -113,7 +127,7 @@ def correction(env, thought, solved):
         "thought": {
             "cards": env.numbers if compact else [RANKS[card.rank] for card in env.cards],
             "formula": env.formula_text(),
-            "thoughts": thought["thoughts"] if right else solved.get("plan", "no way"),
+            "thoughts": thought["thoughts"] if right else plan,
         },
     }
 
@@ -125,8 +139,8 @@ def complete(body):
     env = situation(prompt, image)
     if messages[-1]["role"] == "tool":
         solved = json.loads(messages[-1]["content"])
-        if "error" in solved:
-            raise RequestError(f"the tool said: {solved['error']}")
+        if not isinstance(solved, dict) or "error" in solved:
+            raise RequestError(f"the tool said: {solved}")
     else:
         asked = {"cards": [RANKS[card.rank] for card in env.cards], "formula": env.formula_text()}
         if body.get("tools") and body.get("tool_choice") != "none":
@@ -170,14 +184,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         """A chat completion."""
-        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        length = self.headers.get("Content-Length", "0")
+        if not re.fullmatch("[0-9]{1,9}", length):
+            self.close_connection = True  # where the next request begins is not known
+            self.reply(
+                400, {"error": {"message": f"Content-Length: {length} is no number of bytes"}}
+            )
+            return
+        data = self.rfile.read(int(length))
         if self.path != "/v1/chat/completions":
             self.reply(404, {"error": {"message": f"no {self.path} here"}})
             return
         try:
             body = json.loads(data)
             message = complete(body)
-        except (LookupError, OSError, StopIteration, TypeError, ValueError) as error:
+        except BAD_REQUESTS as error:
             self.reply(400, {"error": {"message": f"{type(error).__name__}: {error}"}})
             return
         self.reply(200, completion(body, message))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from dataclasses import dataclass, field
@@ -82,9 +83,9 @@ class ExternalConfig:
     concurrency: int = 8
     """Turns that are asked about at the same time."""
     timeout_s: float = 60.0
-    """Longest wait for a response."""
+    """Longest wait for a response, to its last byte."""
     retries: int = 4
-    """New tries for a turn, whatever went wrong."""
+    """New tries for a turn, whatever went wrong; those of an outage are forgotten when it ends."""
     backoff_s: float = 1.0
     """Pause before the first new try, doubled each time up to 60 s, with jitter; `Retry-After` comes first."""
     temperature: float | None = 0.2
@@ -116,23 +117,18 @@ class ExternalConfig:
                 "guidance.external.key_variable must be the NAME of an environment variable, in capitals, "
                 "such as OPENAI_API_KEY; a key itself does not belong into settings"
             )
-        url = urlsplit(self.base_url)
-        if (
-            url.scheme not in ("http", "https")
-            or not url.hostname
-            or url.query
-            or "@" in url.netloc
-        ):
+        if not _is_base_url(self.base_url):
             raise ConfigError(
-                "guidance.external.base_url must be http(s)://HOST/PATH, without user, password or query "
-                "(keys are read from the environment variable that guidance.external.key_variable names)"
+                "guidance.external.base_url must be http(s)://HOST[:PORT]/PATH in ASCII, without user, password, "
+                "query or fragment (keys are read from the environment variable that "
+                "guidance.external.key_variable names)"
             )
 
     def key(self) -> str:
         """The key, from the environment; empty if none is wanted.
 
         Raises:
-            ConfigError: the variable is not set.
+            ConfigError: the variable is not set, or holds what a header cannot.
         """
         if self.key_variable is None:
             return ""
@@ -142,7 +138,29 @@ class ExternalConfig:
                 f"{self.key_variable} is not set; export it, name another as "
                 "guidance.external.key_variable, or give null there if the endpoint wants no key"
             )
+        if not re.fullmatch("[!-~]+", key):
+            raise ConfigError(
+                f"the environment variable {self.key_variable} must hold a key of printable ASCII, but there is "
+                "a blank, a line break or another character in it; copy the key into it again"
+            )
         return key
+
+
+def _is_base_url(text: str) -> bool:
+    """Whether a client can take it, and it holds an address only."""
+    try:
+        url = urlsplit(text)
+        host, _ = url.hostname or "", url.port
+        if ":" in host or re.fullmatch(r"[\d.]+", host):
+            ipaddress.ip_address(host)
+    except ValueError:  # brackets, port or digits that are none
+        return False
+    return bool(
+        re.fullmatch("[!-~]{1,2000}", text)
+        and url.scheme in ("http", "https")
+        and re.fullmatch(r"[\w.:-]+", host)
+        and not (url.query or url.fragment or "@" in url.netloc)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import json
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
@@ -33,6 +33,13 @@ class Scripted(solver_corrector.Handler):
         elif fault == "slow":
             server.wake.wait(5)
             self.close_connection = True
+        elif fault == "drip":  # a header, then byte after byte: never silent for long
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+            with suppress(OSError):
+                for _ in range(80):
+                    self.wfile.write(b"x")
+                    server.wake.wait(0.05)
+            self.close_connection = True
         elif fault == "html":
             self.send(200, b"<html>Bad gateway</html>", {"Content-Type": "text/html"})
         elif fault == "garbage":
@@ -55,9 +62,9 @@ class Scripted(solver_corrector.Handler):
 
 
 @contextmanager
-def endpoint(*script, after="ok"):
+def endpoint(*script, after="ok", handler=Scripted):
     """A running server; `requests` are the bodies it got, `keys` the Authorization headers."""
-    server = solver_corrector.serve(handler=Scripted)
+    server = solver_corrector.serve(handler=handler)
     server.script, server.after, server.lock = list(script), after, threading.Lock()
     server.requests, server.keys, server.wake = [], [], threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}/v1"

@@ -1,11 +1,14 @@
 """External guidance: what is asked, what is believed, what is paid, what happens when it fails."""
 
 import base64
+import http.client
 import io
 import json
 import logging
+import time
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import endpoints
 import numpy as np
@@ -199,6 +202,23 @@ def test_a_slow_response_times_out(turns, tmp_path):
     assert failures(asked) == {"timeout": 1}
 
 
+def test_a_response_that_drips_times_out_as_a_whole(turns, tmp_path):
+    began = time.monotonic()
+    with endpoint("drip") as server:
+        asked = corrector(server, tmp_path, timeout_s=0.3)
+        assert asked.ask(turns[:1], 1) != [None]
+    assert failures(asked) == {"timeout": 1}
+    assert time.monotonic() - began < 3
+
+
+def test_tries_of_an_outage_do_not_count_when_it_is_over(turns, tmp_path):
+    script = [(503, {}, "")] * 3, [says("no")], [(503, {}, "")]
+    with endpoint(*[fault for faults in script for fault in faults]) as server:
+        asked = corrector(server, tmp_path, outage="wait", retries=1)
+        assert asked.ask(turns[:1], 1) != [None]
+    assert failures(asked) == {"server": 4, "not_json": 1}
+
+
 def test_after_all_retries_the_turn_is_skipped_and_the_next_is_asked(turns, tmp_path):
     with endpoint(*[says("no")] * 3) as server:
         asked = corrector(server, tmp_path, retries=2)
@@ -262,11 +282,55 @@ def test_an_account_without_credit_stops_at_once(turns, tmp_path):
     assert len(server.requests) == 1
 
 
+def many(turns, number):
+    return [replace(turns[0], prompt=f"{turns[0].prompt} {i}") for i in range(number)]
+
+
 def test_an_endpoint_that_rejects_every_request_stops_the_run(turns, tmp_path):
+    told = r"rejected every request of the update \(8\), the last with 'HTTP 400: no pictures'"
     fault = (400, {}, "no pictures")
+    with endpoint(after=fault) as server, pytest.raises(ConfigError, match=told):
+        corrector(server, tmp_path).ask(many(turns, 10), 1)
+    assert len(server.requests) == 8  # in a row; the others are not tried
     with endpoint(after=fault) as server, pytest.raises(ConfigError, match="rejected every"):
-        corrector(server, tmp_path).ask(turns, 1)
-    assert len(server.requests) == 1  # concurrency is 1, so the others are not tried
+        corrector(server, tmp_path / "few").ask(turns[:2], 1)
+
+
+def test_a_rejection_does_not_give_up_the_turns_after_it(turns, tmp_path):
+    with endpoint((400, {}, "content filter"), after="ok") as server:
+        answers = corrector(server, tmp_path).ask(turns, 1)
+    assert [answer is None for answer in answers] == [True, *[False] * 5]
+    rejections = [(400, {}, "content filter")] * 7
+    with endpoint(*rejections, says(ANSWER), *rejections, after=says(ANSWER)) as server:
+        answers = corrector(server, tmp_path / "seven").ask(many(turns, 16), 1)
+    assert sum(answer is None for answer in answers) == 14  # never 8 in a row
+
+
+def test_a_rejection_in_an_outage_does_not_stop_the_run(turns, tmp_path):
+    with endpoint((400, {}, "content filter"), after=(503, {}, "")) as server:
+        asked = corrector(server, tmp_path, concurrency=4, retries=0)
+        assert asked.ask(turns, 1) == [None] * 6
+    assert asked.stopped is None
+
+
+def test_a_rejection_in_a_run_that_has_answers_does_not_stop_it(turns, tmp_path):
+    with endpoint("ok", (400, {}, "content filter")) as server:
+        asked = corrector(server, tmp_path)
+        asked.ask(turns[:1], 1)
+        assert asked.ask(turns[1:2], 2) == [None]
+
+
+def test_what_a_server_says_is_printable_and_short_and_the_key_is_cut_out(
+    turns, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SOME_KEY", KEY)
+    for error, told in (
+        ({"message": f"\x1b[31mbad {KEY}\n" + "x" * 300}, "HTTP 400: [31mbad [key]" + "x" * 187),
+        ({"detail": f"bad {KEY}"}, 'HTTP 400: {"detail": "bad [key]"}'),
+    ):
+        with endpoint(after=(400, {}, error)) as server, pytest.raises(ConfigError) as raised:
+            corrector(server, tmp_path, key_variable="SOME_KEY").ask(turns[:1], 1)
+        assert f"the last with {told!r}. If" in str(raised.value)
 
 
 def test_one_rejected_request_is_skipped_without_another_try(turns, tmp_path):
@@ -424,9 +488,12 @@ def test_a_line_that_a_crash_cut_is_dropped_and_a_damaged_one_is_named(turns, tm
         again = corrector(server, tmp_path)
         assert again.ledger.spent.calls == 1
         assert path.read_text() == lines[0]
-        path.write_text("{}\n")
-        with pytest.raises(ConfigError, match=r"ledger\.jsonl, line 1, is damaged"):
-            corrector(server, tmp_path)
+        row = json.loads(lines[0])
+        wrong = [row | {"answer": answer} for answer in (5, "text", {"thought": THOUGHT})]
+        for line in ("{}", "5", "[" * 100_000, *map(json.dumps, wrong)):
+            path.write_text(line + "\n")
+            with pytest.raises(ConfigError, match=r"ledger\.jsonl, line 1, is damaged"):
+                corrector(server, tmp_path)
 
 
 # -- the key -----------------------------------------------------------------------------------------
@@ -451,6 +518,27 @@ def test_the_key_is_sent_and_written_nowhere(turns, tmp_path, monkeypatch, caplo
     assert all(KEY not in file.read_text() for file in tmp_path.rglob("*") if file.is_file())
 
 
+def test_a_key_is_cut_out_of_what_escapes_hide(turns, tmp_path, monkeypatch):
+    key = "sk-ab/cd/efghij"
+    monkeypatch.setenv("SOME_KEY", key)
+    leak = json.dumps({"evaluation": key, "correct": False, "thought": THOUGHT | {"thoughts": key}})
+    with endpoint(says(leak.replace("/", "\\/")), says(leak.replace("/", "\\u002f"))) as server:
+        asked = corrector(server, tmp_path, key_variable="SOME_KEY")
+        answers = asked.ask(turns[:2], 1)
+    assert [answer["thought"]["thoughts"] for answer in answers] == ["[key]"] * 2
+    rows = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert [row["answer"]["evaluation"] for row in rows] == ["[key]"] * 2
+
+
+@pytest.mark.parametrize("key", ["sk-schl\u00fcssel", "sk-abc\ndefghijk", "sk abcdefghijk"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(monkeypatch, key):
+    monkeypatch.setenv("SOME_KEY", key)
+    with pytest.raises(ConfigError, match="SOME_KEY must hold a key of printable ASCII") as error:
+        Endpoint(ExternalConfig(key_variable="SOME_KEY"))
+    assert key not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_a_missing_key_is_an_error_before_anything_is_sent(monkeypatch):
     monkeypatch.delenv("SOME_KEY", raising=False)
     with pytest.raises(ConfigError, match="SOME_KEY is not set; export it"):
@@ -469,6 +557,13 @@ def test_a_key_in_the_settings_is_refused_and_not_repeated():
     [
         {"base_url": "localhost:8000"},
         {"base_url": "https://host/v1?key=1"},
+        {"base_url": "https://host/v1#key"},
+        {"base_url": "http://[::1/v1"},
+        {"base_url": "http://host:abc/v1"},
+        {"base_url": "http://host:99999/v1"},
+        {"base_url": "http://999.1.1.1/v1"},
+        {"base_url": "http://ho st/v1"},
+        {"base_url": "http://ho\nst/v1"},
         {"share": 1.5},
         {"concurrency": 0},
         {"timeout_s": 0},
@@ -480,6 +575,11 @@ def test_a_key_in_the_settings_is_refused_and_not_repeated():
 def test_settings_out_of_range_are_named(wrong):
     with pytest.raises(ConfigError, match=f"guidance.external.{next(iter(wrong))}"):
         ExternalConfig(**wrong)
+
+
+@pytest.mark.parametrize("host", ["[::1]:8000", "10.0.0.1", "my_server:80", "host.example"])
+def test_an_address_is_taken(host):
+    assert ExternalConfig(base_url=f"http://{host}/v1").base_url == f"http://{host}/v1"
 
 
 def test_settings_that_cannot_work_together_are_refused():
@@ -531,6 +631,25 @@ def test_the_corrected_thought_stands_before_the_agents_own_action(policy, turns
     assert metrics["external/corrected"] > 0
     assert metrics["external/corrected"] + metrics["external/agreed"] == 1
     assert any(not answer["correct"] for answer in answers)
+
+
+def test_letters_beyond_ascii_are_imitated_as_the_agent_writes_them(policy, turns, tmp_path):
+    memory = Memory(tmp_path / "m", 0)
+    thought = THOUGHT | {"formula": "\ud800", "thoughts": "2\u00d76=12"}
+    answer = json.dumps({"evaluation": "", "correct": True, "thought": thought})
+    agent = replace(turns[0], fields={**turns[0].fields, "thoughts": "2\u00d76=12"})
+    written = []
+    processor = SimpleNamespace(
+        reply_ids=lambda text: written.append(text) or policy.processor.reply_ids(text),
+        decode=policy.processor.decode,
+    )
+    with endpoint(says(answer)) as server:
+        corrected(
+            corrector(server, tmp_path), SimpleNamespace(processor=processor), [agent], memory
+        )
+    assert '"thoughts": "2\u00d76=12"' in written[0]
+    assert '"formula": "?"' in written[0]  # a lone surrogate, which no text can hold
+    assert '"thoughts": "2\u00d76=12"' in server.requests[0]["messages"][1]["content"][0]["text"]
 
 
 def test_a_share_of_the_turns_is_sent(policy, turns, tmp_path):
@@ -595,6 +714,24 @@ def test_the_local_correctors_thoughts_are_right_plans(name, granularity, style)
     assert checked >= 12
 
 
+@pytest.mark.parametrize("name", ["Points24", "EZPoints"])
+def test_the_local_corrector_agrees_that_numbers_in_a_row_lead_nowhere(name):
+    import solver_corrector
+
+    env = make_env(name, prompt="compact", granularity="token").unwrapped
+    cards = [solver_corrector.Card(rank, 0) for rank in (9, 2, 5, 6)[: env.count]]
+    env.reset(options={"cards": cards})
+    env.step("10")
+    observation = env.step("3")[0]
+    thought = {"cards": env.numbers, "formula": "103", "thoughts": "no way"}
+    answer = ask_directly(solver_corrector, observation, thought)
+    assert answer["correct"]
+    assert answer["thought"] == thought
+    answer = ask_directly(solver_corrector, observation, thought | {"thoughts": "10+3=13"})
+    assert not answer["correct"]
+    assert answer["thought"] == thought
+
+
 def ask_directly(module, observation, thought):
     stream = io.BytesIO()
     Image.fromarray(observation["image"]).save(stream, format="png")
@@ -621,6 +758,32 @@ def test_the_local_corrector_reads_every_card():
     for seed in range(20):
         observation, _ = env.reset(seed=seed)
         assert solver_corrector.read_cards(observation["image"]) == env.cards
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        ({}, b"[" * 100_000),
+        ({}, b'{"messages": 5}'),
+        ({"Content-Length": "abc"}, b"{}"),
+        ({"Content-Length": "-1"}, b"{}"),
+        (
+            {},
+            b'{"messages": [{}, {"content": [{"type": "text", "text": 5}, '
+            b'{"type": "image_url", "image_url": {"url": "x"}}]}]}',
+        ),
+    ],
+)
+def test_the_local_corrector_answers_400_to_what_it_cannot_read(headers, body):
+    import solver_corrector
+
+    with endpoint(handler=solver_corrector.Handler) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=5)
+        connection.request("POST", "/v1/chat/completions", body, headers)
+        response = connection.getresponse()
+        assert response.status == 400
+        assert json.loads(response.read())["error"]["message"]
+        connection.close()
 
 
 def test_a_picture_that_is_not_ours_is_refused():

@@ -6,15 +6,18 @@ comes back.
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
+import json
 import math
+import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Any
 
 from gtr_turbo.checks import ConfigError
-from gtr_turbo.teacher.messages import AnswerError, loads, read_choice
+from gtr_turbo.teacher.messages import AnswerError, cut, loads, read_choice
 from gtr_turbo.teaching_config import ExternalConfig
 
 OUTAGES = ("connection", "timeout", "rate_limit", "server")
@@ -24,19 +27,28 @@ FAULTS = (
 )  # fmt: skip
 """All kinds (docs/external.md)."""
 
+LONGEST_QUOTE = 200  # characters of a server's own words
 SHORTEST_KEY = 8  # a shorter one is a placeholder ("none"), and could be part of an innocent word
 
 
 class Endpoint:
-    """Where the corrector is; a context manager, safe to use from several threads."""
+    """Where the corrector is; a context manager, safe to use from several threads.
+
+    Requests run in an event loop of its own, as only there a whole response can be given a deadline: a
+    blocking client bounds the time between two bytes.
+
+    Attributes:
+        secret: the key, to cut out of what comes back; empty if there is none, or a placeholder.
+    """
 
     def __init__(self, config: ExternalConfig) -> None:
         """Nothing is sent yet.
 
         Raises:
-            ConfigError: no key, or the extra is not installed.
+            ConfigError: no key, one that cannot be sent, or the extra is not installed.
         """
-        self._config, self._key = config, config.key()
+        self._config, key = config, config.key()
+        self.secret = key if len(key) >= SHORTEST_KEY else ""
         try:
             import jsonschema  # noqa: F401 - needed by `messages`
             import openai
@@ -44,18 +56,34 @@ class Endpoint:
             raise ConfigError(
                 "guidance.kind='external' needs an extra: pip install 'gtr-turbo[external]'"
             ) from error
-        self._client = openai.OpenAI(
-            api_key=self._key or "none",
-            base_url=config.base_url,
-            timeout=config.timeout_s,
-            max_retries=0,
+        self._client = openai.AsyncOpenAI(
+            api_key=key or "none", base_url=config.base_url, timeout=None, max_retries=0
         )
 
     def __enter__(self) -> Endpoint:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._client.close()
+        asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _await(self, request: Awaitable[Any]) -> Any:
+        """The result of a request.
+
+        Raises:
+            TimeoutError: it took longer than `timeout_s`, from connecting to the last byte.
+        """
+        limited = asyncio.wait_for(request, self._config.timeout_s)
+        future = asyncio.run_coroutine_threadsafe(limited, self._loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # an interrupted one is not left open
 
     def check(self) -> None:
         """One free request (`/models`), to fail before anything starts.
@@ -66,8 +94,8 @@ class Endpoint:
         import openai
 
         try:
-            self._client.models.with_raw_response.list()
-        except openai.APIConnectionError:
+            self._await(self._client.models.with_raw_response.list())
+        except (TimeoutError, openai.APIConnectionError):
             raise ConfigError(
                 f"nothing answers at guidance.external.base_url={self._config.base_url}; start the endpoint, "
                 "or correct the address"
@@ -92,18 +120,17 @@ class Endpoint:
         began = time.monotonic()
         tally["calls"] += 1
         try:
-            text = self._client.chat.completions.with_raw_response.create(**body).text
+            create = self._client.chat.completions.with_raw_response.create
+            text = self._await(create(**body)).text
         except openai.APIStatusError as error:
             raise self._meaning(error) from None
-        except openai.APITimeoutError:
+        except TimeoutError:
             raise AnswerError("timeout") from None
         except openai.APIConnectionError:
             raise AnswerError("connection") from None
         finally:
             tally["microseconds"] += round(1e6 * (time.monotonic() - began))
-        if len(self._key) >= SHORTEST_KEY:
-            text = text.replace(self._key, "[key]")
-        completion = loads(text)
+        completion = loads(text, self.secret)
         self._count_tokens(completion, tally)
         return read_choice(completion)
 
@@ -117,7 +144,20 @@ class Endpoint:
             return self._refused(402) if spent else AnswerError("rate_limit", pause)
         if status == 408:
             return AnswerError("timeout", pause)
-        return AnswerError("server", pause) if status >= 500 else AnswerError("rejected")
+        if status >= 500:
+            return AnswerError("server", pause)
+        return AnswerError("rejected", said=f"HTTP {status}: {self._words(error)}")
+
+    def _words(self, error: Any) -> str:
+        """What the server itself says of an error: the start of it, printable."""
+        try:
+            body = cut(error.body, self.secret)
+            if isinstance(body, dict):
+                body = body.get("message") or body
+            text = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)
+        except RecursionError:
+            text = "(nested too deeply to be read)"
+        return "".join(filter(str.isprintable, text))[:LONGEST_QUOTE]
 
     def _refused(self, status: int) -> ConfigError:
         """What to do about a status that no retry can mend."""

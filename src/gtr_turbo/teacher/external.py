@@ -32,6 +32,7 @@ from gtr_turbo.teacher.messages import (
     digest,
     question,
     read_answer,
+    sendable,
     thought_of,
     tool_schemas,
 )
@@ -39,6 +40,7 @@ from gtr_turbo.teaching_config import ExternalConfig
 from gtr_turbo.turns.turn import Turn
 
 LONGEST_PAUSE_S = 60.0
+REJECTIONS = 8  # in a row; fewer may be a content filter's
 
 
 class Corrector:
@@ -82,6 +84,7 @@ class Corrector:
         self.ledger = Ledger(
             folder / "ledger.jsonl",
             config.budget,
+            self._schema,
             calls_each=self._rounds + 1,
             open_at_once=config.concurrency,
         )
@@ -91,8 +94,12 @@ class Corrector:
         self._counts: Counter[str] = Counter()
         self._heard = time.monotonic()
         """When the endpoint last answered."""
-        self._fruitless = 0
-        """Conversations in a row that failed for an outage, or were rejected."""
+        self._lost = 0
+        """Conversations in a row that an outage ended."""
+        self._rejected = 0
+        """Requests in a row that were rejected."""
+        self._said = ""
+        """What the endpoint said to the last of them."""
         self._told = False
         """That we wait."""
 
@@ -133,13 +140,20 @@ class Corrector:
                 self._halt.set()  # open conversations end, and are written down, before we leave
                 raise
         answers = [self.ledger.answers.get(key) for key in keys]
-        if self._counts["rejected"] and not any(answers):
-            raise ConfigError(
-                f"{self._config.base_url} rejected every request (HTTP 400 or alike): it does not take "
-                "pictures, a JSON schema, tools, or one of guidance.external.temperature and "
-                "max_tokens_name; change these settings or the model"
-            )
+        if not any(answers):
+            self._check_rejections()
         return answers
+
+    def _check_rejections(self) -> None:
+        """After an update without an answer: is that because the endpoint takes no request of ours?"""
+        rejected, faults = self._counts["rejected"], sum(self._counts[kind] for kind in FAULTS)
+        proven = rejected >= REJECTIONS or not self.ledger.answers
+        if rejected and rejected == faults and proven:
+            raise ConfigError(
+                f"{self._config.base_url} rejected every request of the update ({rejected}), the last with "
+                f"{self._said!r}. If it does not take pictures, a JSON schema, tools, or one of "
+                "guidance.external.temperature and max_tokens_name, change these settings or the model"
+            )
 
     def metrics(self) -> dict[str, float]:
         """Of the last `ask`: the counts of the `external` group, and what was spent so far."""
@@ -158,12 +172,14 @@ class Corrector:
         self._halt.set()
 
     def _hopeless(self) -> bool:
-        """As many conversations in a row came to nothing as may be open at once: the rest is not tried."""
-        return self._fruitless >= self._config.concurrency
+        """Too much in a row came to nothing: the rest of the update is not tried."""
+        return self._lost >= self._config.concurrency or self._rejected >= REJECTIONS
 
-    def _answered(self) -> None:
+    def _answered(self, rejection: str = "") -> None:
         with self._lock:
-            self._heard, self._fruitless, self._told = time.monotonic(), 0, False
+            self._heard, self._lost, self._told = time.monotonic(), 0, False
+            self._rejected = self._rejected + 1 if rejection else 0
+            self._said = rejection or self._said
 
     # -- a conversation ------------------------------------------------------------------------
 
@@ -208,23 +224,25 @@ class Corrector:
         jitter: random.Random,
     ) -> Mapping[str, Any] | None:
         messages = list(body["messages"])
-        tries = rounds = 0
-        while not self._halt.is_set() and (tries or rounds or not self._hopeless()):
+        lost = bad = rounds = 0  # tries lost to the present outage, bad answers, rounds of tools
+        while not self._halt.is_set() and (lost or bad or rounds or not self._hopeless()):
             try:
                 last = {"tool_choice": "none"} if self._tools and rounds == self._rounds else {}
                 message = endpoint.send({**body, "messages": messages, **last}, tally)
                 self._answered()
+                lost = 0
                 if not message.get("tool_calls"):
-                    return read_answer(message, self._schema)
+                    return read_answer(message, self._schema, endpoint.secret)
                 if rounds == self._rounds:
                     raise AnswerError("tools")
                 rounds += 1
-                more, bad = answer_calls(message, self._tools)
+                more, wrong = answer_calls(message, self._tools)
                 messages += more
-                tally["bad_tool_calls"] += bad
+                tally["bad_tool_calls"] += wrong
             except AnswerError as fault:
                 tally[fault.kind] += 1
-                tries += 1
+                lost, bad = (lost + 1, bad) if fault.kind in OUTAGES else (0, bad + 1)
+                tries = lost + bad
                 if not self._again(fault, tries) or not self.ledger.may_retry():
                     return None
                 tally["retries"] += 1
@@ -234,15 +252,17 @@ class Corrector:
 
     def _again(self, fault: AnswerError, tries: int) -> bool:
         """Whether a conversation goes on after a failure."""
-        outage, rejected = fault.kind in OUTAGES, fault.kind == "rejected"
-        if not (outage or rejected):
-            self._answered()
-        if tries <= self._config.retries and not rejected and fault.pause <= LONGEST_PAUSE_S:
+        outage = fault.kind in OUTAGES
+        if not outage:
+            self._answered(fault.said)
+        if fault.kind == "rejected":
+            return False
+        if tries <= self._config.retries and fault.pause <= LONGEST_PAUSE_S:
             return True
         if outage and self._config.outage == "wait":
             return self._wait(fault)
         with self._lock:
-            self._fruitless += outage or rejected
+            self._lost += outage
         return False
 
     def _wait(self, fault: AnswerError) -> bool:
@@ -298,7 +318,7 @@ def correct(
         thought = {name: answer["thought"][name] for name in corrector.fields if name != "action"}
         changed += thought != thought_of(turn, corrector.fields)
         agreed += answer["correct"]
-        text = json.dumps({**thought, "action": turn.action})
+        text = sendable(json.dumps({**thought, "action": turn.action}, ensure_ascii=False))
         target = splice(processor, text, turn.text, corrector.fields)
         if target is not None and len(target[0]) <= longest:
             made.append((turn, *target))

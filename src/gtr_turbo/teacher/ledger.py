@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gtr_turbo.checks import ConfigError
+from gtr_turbo.teacher.messages import problem
 from gtr_turbo.teaching_config import BudgetConfig
 
 
@@ -45,19 +46,28 @@ class Ledger:
         spent: by the whole run, resumed parts included.
     """
 
-    def __init__(self, path: Path, budget: BudgetConfig, *, calls_each: int, open_at_once: int):
+    def __init__(
+        self,
+        path: Path,
+        budget: BudgetConfig,
+        schema: Mapping[str, Any],
+        *,
+        calls_each: int,
+        open_at_once: int,
+    ) -> None:
         """Take up what the run has spent so far.
 
         Args:
             path: the file; it need not exist.
             budget: what may be spent.
+            schema: of an answer.
             calls_each: requests a conversation may need when nothing fails.
             open_at_once: conversations that may be open at the same time.
 
         Raises:
             ConfigError: the file is damaged.
         """
-        self._path, self._budget = path, budget
+        self._path, self._budget, self._schema = path, budget, schema
         self._calls_each, self._open_at_once = calls_each, open_at_once
         self.answers: dict[str, Mapping[str, Any]] = {}
         self.spent = Cost()
@@ -75,8 +85,12 @@ class Ledger:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 row = json.loads(line)
-                self._take(row["question"], Cost(**row["cost"]), row["answer"])
-            except (ValueError, KeyError, TypeError) as error:
+                if (answer := row["answer"]) is not None and (
+                    wrong := problem(answer, self._schema)
+                ):
+                    raise ValueError(wrong)
+                self._take(row["question"], Cost(**row["cost"]), answer)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ConfigError(
                     f"{self._path}, line {number}, is damaged ({error!r}); remove the line to pay for its "
                     "answer again"

@@ -79,11 +79,12 @@ class AnswerError(Exception):
     Attributes:
         kind: one of `gtr_turbo.teacher.external.FAULTS`.
         pause: seconds the endpoint asks to wait; 0 if it does not.
+        said: status and words of a rejection; printable, without the key.
     """
 
-    def __init__(self, kind: str, pause: float = 0.0) -> None:
+    def __init__(self, kind: str, pause: float = 0.0, said: str = "") -> None:
         super().__init__(kind)
-        self.kind, self.pause = kind, pause
+        self.kind, self.pause, self.said = kind, pause, said
 
 
 def answer_schema(fields: Sequence[str], schemas: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,14 +119,14 @@ def question(turn: Turn, fields: Sequence[str], *, tools: bool) -> list[dict[str
     stream = io.BytesIO()
     Image.fromarray(turn.observed.frame).save(stream, format="png")
     url = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
-    thought = json.dumps(thought_of(turn, fields))
+    thought = json.dumps(thought_of(turn, fields), ensure_ascii=False)
     text = f"The agent's prompt:\n{turn.prompt}\n\nThe agent's thought:\n{thought}"
     return [
         {"role": "system", "content": CORRECTOR + (TOOLS if tools else "")},
         {
             "role": "user",
             "content": [
-                {"type": "text", "text": _sendable(text)},
+                {"type": "text", "text": sendable(text)},
                 {"type": "image_url", "image_url": {"url": url}},
             ],
         },
@@ -153,16 +154,29 @@ def digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def loads(text: str) -> Any:
-    """A JSON value from outside.
+def loads(text: str, secret: str = "") -> Any:
+    """A JSON value from outside, `secret` cut out of its strings.
 
     Raises:
         AnswerError: `not_json`.
     """
     try:
-        return json.loads(text)
+        return cut(json.loads(text), secret)
     except (ValueError, RecursionError):
         raise AnswerError("not_json") from None
+
+
+def cut(value: Any, secret: str) -> Any:
+    """A decoded JSON value with "[key]" for `secret` (an escape could hide it in text that is not decoded)."""
+    if not secret:
+        return value
+    if isinstance(value, str):
+        return value.replace(secret, "[key]")
+    if isinstance(value, list):
+        return [cut(part, secret) for part in value]
+    if isinstance(value, dict):
+        return {cut(name, secret): cut(part, secret) for name, part in value.items()}
+    return value
 
 
 def problem(value: Any, schema: Mapping[str, Any]) -> str | None:
@@ -196,13 +210,15 @@ def read_choice(completion: Any) -> Mapping[str, Any]:
     return message
 
 
-def read_answer(message: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The answer in a message.
+def read_answer(
+    message: Mapping[str, Any], schema: Mapping[str, Any], secret: str = ""
+) -> dict[str, Any]:
+    """The answer in a message, `secret` cut out of it.
 
     Raises:
         AnswerError: `not_json` or `schema`.
     """
-    answer: dict[str, Any] = loads(message["content"])
+    answer: dict[str, Any] = loads(message["content"], secret)
     if problem(answer, schema) is not None:
         raise AnswerError("schema")
     return answer
@@ -215,9 +231,9 @@ def answer_calls(
     calls = message["tool_calls"]
     echoed: list[dict[str, Any]] = [
         {
-            "id": _sendable(call["id"]),
+            "id": sendable(call["id"]),
             "type": "function",
-            "function": {key: _sendable(call["function"][key]) for key in ("name", "arguments")},
+            "function": {key: sendable(call["function"][key]) for key in ("name", "arguments")},
         }
         for call in calls
     ]
@@ -226,7 +242,7 @@ def answer_calls(
     for call in echoed:
         result = _run(call["function"], tools)
         bad += "error" in result
-        content = _sendable(json.dumps(result))
+        content = json.dumps(result)
         made.append({"role": "tool", "tool_call_id": call["id"], "content": content})
     return made, bad
 
@@ -247,6 +263,6 @@ def _run(call: Mapping[str, str], tools: Sequence[Tool]) -> Mapping[str, Any]:
         return {"error": str(error)}
 
 
-def _sendable(text: str) -> str:
+def sendable(text: str) -> str:
     """Text without lone surrogates, which JSON escapes can smuggle in and UTF-8 cannot hold."""
     return text.encode("utf-8", "replace").decode()
