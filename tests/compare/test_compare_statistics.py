@@ -70,16 +70,6 @@ def test_strata_that_share_their_seeds_have_one_error_of_their_mean():
     assert shared.bootstrap == pytest.approx((0.1, 0.4))
 
 
-def test_intervals_over_strata_that_share_their_seeds_hold_the_truth_as_often_as_they_say():
-    rng, held = np.random.default_rng(0), 0
-    for _ in range(400):
-        gaps = rng.normal(size=3) + 0.3 * rng.normal(size=(2, 3))
-        low, high = student_interval(gaps.mean(axis=0))
-        held += low <= 0 <= high
-        assert estimate(gaps).t_interval == (low, high)
-    assert 0.92 < held / 400 < 0.98  # deviation of the fraction: 0.011
-
-
 def test_what_lies_between_strata_is_no_spread_of_seeds():
     # the seeds' means are 51, 52, 53: error 1 / sqrt(3), t(2) = 4.302653
     about = estimate(np.array([[1.0, 2, 3], [101, 102, 103]]))
