@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gtr_turbo.compare.statistics import bootstrap, stratified_mean, student_interval
+from gtr_turbo.compare.statistics import bootstrap, mean_of_all, student_interval
 
 DRAWS = 2000
 SCORES = {
@@ -24,7 +24,7 @@ SCORES = {
 }
 INTERVALS = {
     "student": student_interval,
-    "bootstrap": lambda strata: bootstrap(strata, stratified_mean),
+    "bootstrap": lambda scores: bootstrap(scores[None], mean_of_all),
 }
 
 
@@ -34,7 +34,7 @@ def coverage(kind: str, seeds: int) -> dict[str, float]:
     rng = np.random.default_rng(0)
     held = dict.fromkeys(INTERVALS, 0)
     for _ in range(DRAWS):
-        scores = [draw(rng, seeds)]
+        scores = draw(rng, seeds)
         for name, interval in INTERVALS.items():
             low, high = interval(scores)
             held[name] += low <= truth <= high

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ STUDIES: dict[str, list[str]] = {
 
 
 def main() -> int:
-    """Run or summarise one study; the exit code is that of `compare`."""
+    """Run or summarise one study, and copy what that wrote; the exit code is that of `compare`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -62,18 +63,30 @@ def main() -> int:
     more = ["--jobs", str(options.jobs), "--threads", "1", "--out", str(out), "--episodes", "40"]
     more += ["--only-summary"] if options.summary else []
     command = [sys.executable, "-m", "gtr_turbo", "compare", *STUDIES[options.name], *more]
-    code = subprocess.run(command, check=False).returncode
+    made = {name: out / name for name in ("compare.json", "compare.csv", "report.html")}
+    before = {name: _written(path) for name, path in made.items()}
+    code = run(command)
     results, pages = ROOT / "benchmarks/results/study", ROOT / "docs/results"
-    for folder in (results, pages):
-        folder.mkdir(parents=True, exist_ok=True)
-    for name, to in (
-        ("compare.json", results / f"{options.name}.json"),
-        ("compare.csv", results / f"{options.name}.csv"),
-        ("report.html", pages / f"{options.name}.html"),
-    ):
-        if (out / name).exists():
-            shutil.copyfile(out / name, to)
+    for name, path in made.items():
+        if _written(path) != before[name]:
+            folder = pages if path.suffix == ".html" else results
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / f"{options.name}{path.suffix}")
     return code
+
+
+def run(command: list[str]) -> int:
+    """A command's exit code. Ctrl-C and SIGTERM are handed to it, as often as they come, and it is waited for."""
+    # in a session of its own, so that Ctrl-C reaches it once
+    process = subprocess.Popen(command, start_new_session=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: process.send_signal(received))
+    return process.wait()
+
+
+def _written(path: Path) -> int | None:
+    """When a file was written, in nanoseconds; None if there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 if __name__ == "__main__":

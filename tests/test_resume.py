@@ -258,3 +258,11 @@ def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="broken"):
         checkpoint.write_atomically(path, "second")
     assert path.read_text() == "first"
+
+
+def test_the_summary_of_a_shorter_run_goes_when_it_goes_on(tiny, tmp_path):
+    train(config_of(tiny, 1), tmp_path, Silent())
+    assert json.loads((tmp_path / "summary.json").read_text())["env_steps"] == 4
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(tiny, 3), tmp_path, Interrupting(1), resume=True)
+    assert not (tmp_path / "summary.json").exists()

@@ -318,7 +318,7 @@ def run_compare(options: argparse.Namespace, rest: Sequence[str]) -> int:
     )
     console = Console()
     if options.dry_run:
-        show_plan(console, plan.runs(), plan.jobs, plan.threads)
+        show_plan(console, plan)
         return 0
     failures = (
         {}

@@ -95,6 +95,7 @@ def _train(
     )
     spent.before(state.get("seconds", 0.0), state.get("cpu_seconds", 0.0))
     start = state.get("update", 0)
+    (run / "summary.json").unlink(missing_ok=True)  # of a shorter run that goes on
     metrics_file = JsonlWriter(run / "metrics.jsonl", keep_until=start)
     trajectories = Trajectories(run / "trajectories", config.save.trajectories)
     view.started(config, run, start)

@@ -27,11 +27,13 @@ def finished(folder, *, seed=0, over=None, after=0.5, merge_after=0.6, curve=(0.
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(config))
     rows = [
-        {"update": i + 1, "env_steps": 256 * (i + 1), "rollout/success": y, "system/seconds": 10.0 * (i + 1)}
+        {"update": i + 1, "env_steps": 256 * (i + 1), "rollout/success": y, "system/seconds": 10.0 * (i + 1),
+         "system/cpu_seconds": 15.0 * (i + 1)}
         for i, y in enumerate(curve)
     ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = {
+        "env_steps": config.num_updates * config.turns_per_update,
         "seconds": 100.0 + seed,
         "peak_rss_mb": 1000.0,
         "seed": seed,

@@ -1,6 +1,7 @@
 """The command itself: real runs in processes of their own, and tables from runs made by hand."""
 
 import csv
+import fcntl
 import json
 import signal
 import subprocess
@@ -53,7 +54,9 @@ def test_a_failed_run_does_not_lose_the_others(capsys, small, tiny, tmp_path):
     assert not out.exists()
     assert main(command) == 1
     shown = capsys.readouterr().out
-    failed = lines(out / "attempts.jsonl")[0]["run"].split("/")[0]
+    call, start = lines(out / "attempts.jsonl")[:2]
+    failed = start["run"].split("/")[0]
+    assert (call["event"], call["runs"], call["jobs"], call["threads"]) == ("call", 2, 1, 1)
     assert (
         f"[1/2] {failed}, seed 3: failed: exit code 2: gtr-turbo: model.path='./nowhere'" in shown
     )
@@ -64,17 +67,23 @@ def test_a_failed_run_does_not_lose_the_others(capsys, small, tiny, tmp_path):
     assert (bad["planned"], bad["finished"], bad["estimates"]) == (1, 0, {})
     assert good["finished"] == 1
     assert good["estimates"]["after/None/student"]["mean"] == 0.0  # random weights write no JSON
-    assert good["estimates"]["cost/cpu_seconds"]["mean"] > 0.5
+    (row,) = lines(out / good["label"] / "seed3" / "metrics.jsonl")
+    assert good["estimates"]["cost/cpu_seconds"]["mean"] == row["system/cpu_seconds"] > 0
     assert good["config"]["threads"] == 1
     assert (out / "report.html").exists()
     run = out / good["label"] / "seed3"
     assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == 3
     assert "evaluating student before" in (run.parent / "seed3.log").read_text()
-    # what is finished is taken as it is: nothing starts
+    # what is finished is taken as it is: nothing starts, and why the other failed is not forgotten
     capsys.readouterr()
-    assert main([*command, "--only-summary"]) == 0
-    assert len(lines(out / "attempts.jsonl")) == 4
-    assert f"missing: {failed}, seed 3: not started" in capsys.readouterr().out
+    assert main([*command, "--only-summary", "--jobs", "7"]) == 0
+    assert len(lines(out / "attempts.jsonl")) == 5
+    told = f"missing: {failed}, seed 3: did not finish: gtr-turbo: model.path='./nowhere'"
+    assert told in capsys.readouterr().out
+    again = json.loads((out / "compare.json").read_text())
+    assert not {"jobs", "threads", "machine", "versions"} & set(again)
+    assert [one["jobs"] for one in again["calls"]] == [1]
+    assert again["calls"][0]["versions"]["torch"]
 
 
 def test_an_interrupted_comparison_stops_its_runs_and_goes_on_where_they_were(
@@ -99,21 +108,27 @@ def test_an_interrupted_comparison_stops_its_runs_and_goes_on_where_they_were(
     assert process.returncode == 130
     assert "interrupted (Ctrl-C)." in error
     assert "Go on with the same command" in error
-    start, end = lines(out / "attempts.jsonl")
+    _, start, end = lines(out / "attempts.jsonl")
     assert (start["event"], start["how"]) == ("start", "new")
     assert (end["event"], end["code"]) == (
         "end",
         130,
     )  # it was seen to end: nothing is left running
     assert not (run / "summary.json").exists()
-    assert main(command) == 0
+    capsys.readouterr()
+    assert main([*command, "--trackers", "[]"]) == 0
+    assert "goes on after update" in capsys.readouterr().out
+    assert yaml.safe_load((run / "config.yaml").read_text())["trackers"] == []
     assert [row["update"] for row in lines(run / "metrics.jsonl")] == list(range(1, 21))
     events = lines(out / "attempts.jsonl")
-    assert [line.get("how") for line in events] == ["new", None, "unfinished", None]
-    made = json.loads((out / "compare.json").read_text())
-    used = sum(line["cpu_seconds"] for line in events if line["event"] == "end")
-    assert made["runs"][0]["values"]["cost/cpu_seconds"] == pytest.approx(used)
-    assert "goes on after update" in capsys.readouterr().out
+    hows = [line.get("how") for line in events if line["event"] != "call"]
+    assert hows == ["new", None, "unfinished", None]
+    # a run that was made longer, but did not get there: its summary is of the shorter one
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"env_steps": 84}))
+    command[command.index("80")] = "84"
+    assert main([*command, "--dry-run"]) == 0
+    assert "goes on after update 20" in capsys.readouterr().out
 
 
 def test_a_killed_run_says_so(capsys, monkeypatch, tmp_path):
@@ -132,7 +147,42 @@ def test_a_killed_run_says_so(capsys, monkeypatch, tmp_path):
     assert json.loads((out / "compare.json").read_text())["variants"][0]["finished"] == 0
     assert main([*command, "--jobs", "1"]) == 1
     events = [line["event"] for line in lines(out / "attempts.jsonl")]
-    assert events == ["start", "start", "end", "end", "start", "end", "start", "end"]
+    both = ["call", "start", "start", "end", "end"]
+    assert events == [*both, "call", "start", "end", "start", "end"]
+    log = out / "base" / "seed0.log"
+    assert log.read_text() == "half way on 3\n" * 2  # what was printed before is kept
+
+
+def test_a_folder_in_use_is_left_alone(capsys, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with open(out / "compare.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["compare", "ezpoints", "--seeds", "1", "--out", str(out)]) == 2
+        assert "is in use by another compare" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["compare.lock"]
+
+
+def test_no_path_of_this_machine_is_written_down(capsys, made, monkeypatch, tmp_path):
+    fake, home = tmp_path / "python", tmp_path / "home"
+    fake.write_text('#!/bin/sh\necho "bad: $OUT/x, $PWD/y, $HOME/z and $HOME-made"\nexit 1\n')
+    fake.chmod(0o755)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.setattr(sys, "executable", str(fake))
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("OUT", str(made))
+    monkeypatch.chdir(work)
+    arguments = ["compare", "ezpoints", *VARY, "--seeds", "4", "--out", str(made)]
+    assert main([*arguments, "--episodes", "0"]) == 1
+    why = f"exit code 1: bad: OUT/x, ./y, ~/z and {home}-made"
+    found = json.loads((made / "compare.json").read_text())
+    assert [run["why"] for run in found["runs"] if not run["finished"]] == [why, why]
+    for name in ("compare.json", "compare.csv", "report.html"):
+        text = (made / name).read_text()
+        assert str(made) not in text, name
+        assert str(work) not in text, name
+        assert "bad: OUT/x" in text, name
 
 
 # from runs made by hand
@@ -171,15 +221,16 @@ def test_the_numbers_are_those_of_the_runs(made):
     assert gap["mean"] == pytest.approx(0.2)
     assert (gap["pairs"], gap["above"], gap["below"]) == (3, 3, 0)
     # gaps 0.1, 0.1, 0.4: deviation 0.1 sqrt(3), error 0.1, t(2) = 4.302653
-    assert gap["student"] == pytest.approx([0.2 - 0.4302653, 0.2 + 0.4302653])
+    assert gap["t_interval"] == pytest.approx([0.2 - 0.4302653, 0.2 + 0.4302653])
     merge = kl["estimates"]["after/held-out/merge_minus_student"]
-    assert (merge["mean"], merge["student"]) == (pytest.approx(0.05), None)
+    assert (merge["mean"], merge["t_interval"]) == (pytest.approx(0.05), None)
     # seed 0 without guidance: (0 + 0.2) / 2 + 0.3 + 0.4 + 0.4 + 0.4 over 5 intervals of 256 steps
     assert found["runs"][0]["values"]["area/rollout/success"] == pytest.approx(1.6 / 5)
     # the mean of 3 updates reaches 0.5: without guidance (0.4, 0.5, 0.6) never, at 6, at 5
     assert (none["reached"], none["median_steps"]) == (2, 6 * 256)
     assert (kl["reached"], kl["median_steps"]) == (3, 5 * 256)
     assert found["runs"][3]["values"]["target/seconds"] == 50.0
+    assert found["runs"][3]["values"]["cost/cpu_seconds"] == 90.0  # of the last row
     assert [run["why"] for run in found["runs"] if not run["finished"]] == ["not started"] * 2
     assert str(made) not in (made / "compare.json").read_text()
 
@@ -204,12 +255,13 @@ def test_the_table_fits_80_columns_and_marks_the_best(capsys, made, monkeypatch)
     assert "* 70.0 %" in text
     assert "-23.0 to +63.0" in text
     assert "3 of 4 runs" in text
+    assert "reaching 50% (success while training)" in text
     assert "missing: guidance=kl, seed 3: not started" in text
     table = text[: text.index("Mean over seeds")]
     assert all(len(line) <= 80 for line in table.splitlines())
 
 
-def test_held_out_curves_are_used_where_they_were_logged(made):
+def test_held_out_curves_are_used_where_they_were_logged(capsys, made):
     for number, path in enumerate(sorted(made.glob("*/seed*/metrics.jsonl"))):
         rows = lines(path)
         for row in rows[::2]:
@@ -224,10 +276,12 @@ def test_held_out_curves_are_used_where_they_were_logged(made):
     )  # the last row that has it: 5 * 256 steps
     lead = kl["area/eval/merge_minus_student"]
     assert lead["mean"] == pytest.approx(0.11)
-    assert lead["student"] == pytest.approx(
+    assert lead["t_interval"] == pytest.approx(
         [0.11 - 4.302653 * 0.01 / 3**0.5, 0.11 + 4.302653 * 0.01 / 3**0.5]
     )
     assert found["variants"][1]["median_steps"] == 256 * 5  # the third time it is measured
+    assert "reaching 50% (student, fixed deals)" in capsys.readouterr().out
+    assert "(student, fixed deals). Of finished runs" in (made / "report.html").read_text()
 
 
 def test_a_damaged_line_is_skipped_and_told(capsys, made):
@@ -278,6 +332,7 @@ def test_a_grid_has_the_effect_of_each_setting_over_the_others(capsys, tmp_path)
         0.2
     )  # (0.1 + 0.3) / 2
     assert kl["differences"]["after/held-out/student"]["pairs"] == 4
+    assert kl["differences"]["after/held-out/student"]["t_interval"] is None  # both seeds have 0.2
     high = effects["guidance.beta"][1]
     assert high["differences"]["after/held-out/student"]["mean"] == pytest.approx(
         0.5
@@ -285,18 +340,37 @@ def test_a_grid_has_the_effect_of_each_setting_over_the_others(capsys, tmp_path)
     assert "effect of guidance.beta" in capsys.readouterr().out
 
 
+def test_settings_are_written_as_they_are_given(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    for kind in ("none", "kl"):
+        for center in ("true", "false"):
+            over = {"guidance": {"kind": kind, "center": center == "true"}}
+            finished(tmp_path / f"guidance={kind},center={center}" / "seed0", over=over)
+    arguments = ["compare", "ezpoints", *VARY, "--vary", "guidance.center=true,false"]
+    arguments += ["--seeds", "1", "--out", str(tmp_path), "--episodes", "0"]
+    assert main([*arguments, "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert plan.count(str(tmp_path)) == 1
+    assert "\n  taken as it is  guidance=none,center=true/seed0\n" in plan
+    note = "guidance.kind is none in guidance=none,center=true, guidance=none,center=false: guidance.center changes"
+    assert note in plan
+    assert main([*arguments, "--only-summary"]) == 0
+    assert "center=false" in capsys.readouterr().out
+    effects = json.loads((tmp_path / "compare.json").read_text())["effects"]
+    assert [one["label"] for one in effects["guidance.center"]] == ["center=true", "center=false"]
+    table = list(csv.DictReader((tmp_path / "compare.csv").read_text().splitlines()))
+    assert [row["guidance.center"] for row in table] == ["true", "false"] * 2
+    page = (tmp_path / "report.html").read_text()
+    assert "by guidance.center, over the other settings; differences are to center=true" in page
+
+
 def test_nothing_there_is_no_success(capsys, tmp_path):
-    arguments = [
-        "compare",
-        "ezpoints",
-        "--seeds",
-        "1",
-        "--only-summary",
-        "--out",
-        str(tmp_path / "o"),
-    ]
-    assert main(arguments) == 1
+    arguments = ["compare", "ezpoints", "--seeds", "1", "--only-summary", "--out"]
+    assert main([*arguments, str(tmp_path)]) == 1
     assert "0 of 1 runs" in capsys.readouterr().out
+    assert main([*arguments, str(tmp_path / "typo")]) == 2
+    assert "typo is no folder of a comparison" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
 
 
 def test_comparing_what_is_there_needs_no_torch(made):

@@ -9,8 +9,8 @@ from made_runs import finished
 
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.cli import main
-from gtr_turbo.compare.plan import examine, make_jobs, make_variants, read_factors, read_seeds
-from gtr_turbo.compare.runner import Attempts, last_line
+from gtr_turbo.compare.plan import examine, idle, make_jobs, make_variants, read_factors, read_seeds
+from gtr_turbo.compare.runner import last_line
 from gtr_turbo.config import TrainConfig
 from gtr_turbo.settings import build_config, config_file, read_config
 
@@ -32,7 +32,9 @@ def test_seeds_are_how_many_or_which(text, seeds):
     assert read_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "1,1", "1,,2", "a", "²"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "-1", "1.5", "1,1", "1,,2", "a", "²", "1001", "9" * 5000, "9" * 5000 + ","]
+)
 def test_other_seeds_are_refused(text):
     with pytest.raises(ConfigError, match="--seeds"):
         read_seeds(text)
@@ -95,6 +97,13 @@ def test_leaves_of_one_name_keep_their_groups():
         (["--vary", "guidance=[kl"], ["cannot be read"]),
         (["--vary", "guidance=kl,kl"], ["names a value twice"]),
         (["--vary", "guidance=kl", "--vary", "guidance.kind=none"], ["given twice"]),
+        (["--vary", "guidance.beta=5,5.0"], ["beta=5 and beta=5.0 have the same settings"]),
+        (
+            ["--vary", "guidance=kl,none", "--guidance.kind", "kl"],
+            ["guidance.kind is both varied and given"],
+        ),
+        (["--vary", "guidance.beta=1,2", "--guidance", "kl"], ["both varied and given"]),
+        (["--seeds", "30000000"], ["--seeds 30000000 is 30000000 seeds, at most 1000"]),
         (["--vary", "seed=1,2"], ["--seeds"]),
         (["--vary", "env.options.a=2026-01-01,.nan"], ["--vary cannot take the value 2026-01-01"]),
         (["--vary", "teacher.density=0.5,2"], ["variant density=2: teacher.density=2"]),
@@ -168,6 +177,9 @@ def test_a_half_finished_folder_goes_on_or_starts_anew(tmp_path, recipe):
     (tmp_path / "locked" / "run.lock").touch()
     assert examine(tmp_path / "locked", recipe) == ("new", 0)
     run = finished(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"env_steps": 256}))
+    assert examine(run, recipe) == ("new", 0)  # of a run that was shorter
     (run / "summary.json").write_text('{"cut')
     assert examine(run, recipe) == ("new", 0)  # no checkpoint to go on from
     for name in ("000009", "000010", ".000011.part"):
@@ -175,6 +187,33 @@ def test_a_half_finished_folder_goes_on_or_starts_anew(tmp_path, recipe):
     for name in ("000009", "000010"):
         (run / "checkpoints" / name / "state.json").touch()
     assert examine(run, recipe) == ("unfinished", 10)
+
+
+def test_what_train_cannot_resume_is_refused(tmp_path, recipe):
+    run = finished(tmp_path / "run")
+    with open(run / "config.yaml", "a") as file:
+        file.write("tensorboard: true\n")
+    assert examine(run, recipe) == ("finished", 0)
+    (run / "summary.json").unlink()
+    (run / "checkpoints" / "000002").mkdir(parents=True)
+    (run / "checkpoints" / "000002" / "state.json").touch()
+    with pytest.raises(ConfigError, match=r"cannot be resumed: its config.yaml has .* tensorboard"):
+        examine(run, recipe)
+
+
+def test_values_that_python_takes_for_equal_stay_apart():
+    one, true = variants("env.options.x=1,true")
+    assert (one.config.env.options["x"], true.label) == (1, "x=true")
+
+
+def test_a_setting_of_no_guidance_is_noted():
+    found = variants("guidance=none,kl", "guidance.beta=1,5")
+    (note,) = idle(found)
+    assert note.startswith(
+        "guidance.kind is none in guidance=none,beta=1, guidance=none,beta=5: guidance.beta"
+    )
+    assert idle(variants("guidance=none,kl", "teacher=ties,linear")) == []
+    assert idle(variants("guidance.beta=1,5")) == []
 
 
 def test_runs_are_ordered_seed_by_seed(tmp_path):
@@ -190,24 +229,3 @@ def test_the_last_line_of_a_log_is_one_that_says_something(tmp_path):
     assert last_line(log) == "no log"
     log.write_bytes(b"first\n\x1b[31mred\x1b[0m \x07error \xff\xe2\x80\xae\n\x1b[2K\n\n")
     assert last_line(log) == "red error \ufffd"
-
-
-def attempts(path, *lines):
-    path.write_text(
-        "".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines)
-    )
-    return Attempts(path).cpu_seconds()
-
-
-def test_cpu_time_is_known_where_every_process_was_seen_to_end(tmp_path):
-    new = {"run": "a", "event": "start", "how": "new"}
-    on = {"run": "a", "event": "start", "how": "unfinished"}
-    end = {"run": "a", "event": "end", "cpu_seconds": 2.5}
-    path = tmp_path / "attempts.jsonl"
-    assert Attempts(path).cpu_seconds() == {}
-    assert attempts(path, new, end, on, end) == {"a": 5.0}
-    assert attempts(path, new, on, end) == {}  # the first was lost
-    assert attempts(path, new, '{"cut', on, end) == {}
-    assert attempts(path, on, end) == {}  # begun elsewhere
-    assert attempts(path, new, on, end, new, end) == {"a": 2.5}
-    assert attempts(path, new, end, on) == {}  # it still runs

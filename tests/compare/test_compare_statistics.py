@@ -12,8 +12,8 @@ from gtr_turbo.compare.statistics import (
     estimate,
     first_reach,
     interquartile_mean,
+    mean_of_all,
     probability_of_improvement,
-    stratified_mean,
     student_interval,
     student_quantile,
 )
@@ -53,50 +53,58 @@ def test_the_interquartile_mean_is_rliables():
     np.testing.assert_allclose(interquartile_mean(scores), expected, rtol=1e-12)
 
 
-def test_the_interval_of_one_stratum_is_students():
+def test_the_interval_of_a_mean_is_students():
     # mean 2, deviation 1, standard error 1 / sqrt(3), t(2) = 4.302653
-    low, high = student_interval([row(1, 2, 3)])
+    low, high = student_interval(row(1, 2, 3))
     assert low == pytest.approx(2 - 4.302653 / math.sqrt(3), abs=1e-6)
     assert high == pytest.approx(2 + 4.302653 / math.sqrt(3), abs=1e-6)
 
 
-def test_strata_add_their_variances_and_not_what_lies_between_them():
-    # two strata of 3, far apart: error^2 = (1/3 + 1/3) / 4 = 1/6, Welch's freedom 4, t(4) = 2.776445
-    low, high = student_interval([row(1, 2, 3), row(101, 102, 103)])
-    assert (low + high) / 2 == pytest.approx(52)
-    assert (high - low) / 2 == pytest.approx(2.776445 / math.sqrt(6), abs=1e-6)
+def test_strata_that_share_their_seeds_have_one_error_of_their_mean():
+    # gaps 0.1, 0.1, 0.4 in both strata: each seed's mean is that too, deviation 0.1 sqrt(3), error 0.1, t(2)
+    shared = difference(np.array([[0.1, 0.1, 0.4]] * 2), np.zeros((2, 3)))
+    assert (shared.seeds, shared.pairs, shared.above) == (3, 6, 6)
+    assert shared.mean == pytest.approx(0.2)
+    assert shared.t_interval == pytest.approx((0.2 - 0.4302653, 0.2 + 0.4302653))
+    # resamples of a seed's pairs reach both ends, as they do for one stratum
+    assert shared.bootstrap == pytest.approx((0.1, 0.4))
+
+
+def test_what_lies_between_strata_is_no_spread_of_seeds():
+    # the seeds' means are 51, 52, 53: error 1 / sqrt(3), t(2) = 4.302653
+    about = estimate(np.array([[1.0, 2, 3], [101, 102, 103]]))
+    assert about.mean == 52
+    low, high = about.t_interval
+    assert (high - low) / 2 == pytest.approx(4.302653 / math.sqrt(3), abs=1e-6)
 
 
 def test_no_interval_comes_from_one_seed_or_from_seeds_that_are_alike():
     one, alike = estimate(row(0.5)), estimate(row(0.5, 0.5, 0.5))
     for about in (one, alike):
         assert about.mean == about.iqm == 0.5
-        assert about.student is about.bootstrap is about.iqm_bootstrap is None
+        assert about.t_interval is about.bootstrap is about.iqm_bootstrap is None
     assert (one.seeds, alike.seeds) == (1, 3)
 
 
-def test_a_missing_run_is_left_out_and_a_missing_stratum_leaves_no_mean():
+def test_a_seed_that_lacks_a_run_is_left_out():
     assert estimate(row(1, NAN, 3)).mean == 2
     assert estimate(row(1, NAN, 3)).seeds == 2
+    about = estimate(np.array([[0.0, 5.0, 0.0], [1.0, NAN, 3.0]]))
+    assert (about.mean, about.seeds, about.runs) == (1.0, 2, 4)
+    assert about.iqm == 0.5  # of 0, 0, 1, 3 the lowest and the highest are dropped
     assert estimate(np.array([[1, 3], [NAN, NAN]])) is None
     assert estimate(row(NAN)) is None
 
 
-def test_the_mean_over_strata_weighs_strata_and_not_runs():
-    about = estimate(np.array([[0.0, 0.0, 0.0], [1.0, NAN, NAN]]))
-    assert about.mean == 0.5
-    assert about.iqm == 0.0  # of the four scores the lowest and the highest are dropped
-
-
 def test_the_bootstrap_of_two_scores_is_known():
     # resamples of (0, 1): means 0, 1/2, 1 with 1/4, 1/2, 1/4, so both ends are reached
-    assert bootstrap([row(0, 1)], stratified_mean) == (0.0, 1.0)
-    assert bootstrap([row(0, 1)], stratified_mean, level=0.4) == (0.5, 0.5)
+    assert bootstrap(np.array([row(0, 1)]), mean_of_all) == (0.0, 1.0)
+    assert bootstrap(np.array([row(0, 1)]), mean_of_all, level=0.4) == (0.5, 0.5)
 
 
-def test_the_bootstrap_draws_within_strata():
-    # drawn over all four the mean would vary; within strata it cannot
-    assert bootstrap([row(0, 0), row(1, 1)], stratified_mean) is None
+def test_the_bootstrap_draws_what_belongs_to_a_seed_together():
+    # drawn over all four scores the mean would vary; seed by seed it cannot
+    assert bootstrap(np.array([[0.0, 1.0], [1.0, 0.0]]), mean_of_all) is None
 
 
 def test_the_bootstrap_agrees_with_scipy():
@@ -105,7 +113,7 @@ def test_the_bootstrap_agrees_with_scipy():
     expected = stats.bootstrap(
         (scores,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(2)
     ).confidence_interval
-    found = bootstrap([scores], stratified_mean)
+    found = bootstrap(scores[None], mean_of_all)
     assert found == pytest.approx((expected.low, expected.high), abs=0.03)  # Monte Carlo
 
 
@@ -115,7 +123,7 @@ def test_a_difference_is_that_of_pairs():
     assert gap.pairs == 3
     assert gap.mean == pytest.approx(3.5 / 3)
     assert (gap.above, gap.below) == (3, 0)
-    low, high = gap.student  # gaps 1, 1, 1.5: deviation 1 / sqrt(12), error 1/6
+    low, high = gap.t_interval  # gaps 1, 1, 1.5: deviation 1 / sqrt(12), error 1/6
     assert low == pytest.approx(3.5 / 3 - 4.302653 / 6, abs=1e-6)
     assert high == pytest.approx(3.5 / 3 + 4.302653 / 6, abs=1e-6)
     assert gap.bootstrap == pytest.approx(
@@ -129,10 +137,11 @@ def test_no_common_seed_is_no_difference():
 
 
 def test_the_probability_of_improvement_counts_pairs_and_half_the_ties():
-    # 2 > 1, 2 = 2, 2 < 3; 4 > all: (1 + 1/2 + 0 + 3) / 6
-    gap = np.array([row(2, 4, 4), row(1, 2, 3)])
-    assert probability_of_improvement([gap]) == pytest.approx((1.5 + 3 + 3) / 9)
-    assert probability_of_improvement([gap, gap[::-1]]) == pytest.approx(0.5)  # mean of the strata
+    # 2 > 1, 2 = 2, 2 < 3; 4 > all: (1 + 1/2 + 0 + 3 + 3) / 9
+    x, y = row(2, 4, 4), row(1, 2, 3)
+    assert probability_of_improvement(np.array([[x], [y]])) == pytest.approx((1.5 + 3 + 3) / 9)
+    # with the strata x against y, and y against x: their mean
+    assert probability_of_improvement(np.array([[x, y], [y, x]])) == pytest.approx(0.5)
     assert difference(row(1, 2), row(1, 2)).improvement == 0.5
 
 
@@ -140,7 +149,7 @@ def test_the_probability_of_improvement_is_mann_whitneys():
     stats = pytest.importorskip("scipy.stats")
     x, y = np.random.default_rng(3).integers(0, 6, size=(2, 9)).astype(float)
     u = stats.mannwhitneyu(x, y).statistic
-    assert probability_of_improvement([np.array([x, y])]) == pytest.approx(u / 81)
+    assert probability_of_improvement(np.array([[x], [y]])) == pytest.approx(u / 81)
 
 
 def test_the_area_is_the_mean_height_over_the_range():

@@ -12,6 +12,7 @@ def row(label, group, mean, points, **more):
         "low": (mean or 0.0) - 0.1,
         "high": (mean or 0.0) + 0.1,
         "seeds": len(points),
+        "runs": len(points),
         "planned": 3,
         "best": False,
     }
@@ -26,7 +27,7 @@ def row(label, group, mean, points, **more):
 
 
 def comparison(label="guidance=kl"):
-    gap = {"mean": 0.25, "low": -0.05, "high": 0.55, "above": 1, "below": 1, "pairs": 2}
+    gap = {"mean": 0.25, "low": -0.05, "high": 0.55, "above": 1, "below": 1, "pairs": 2, "seeds": 2}
     panel = {
         "title": "Student after",
         "about": "success on held-out",
@@ -101,7 +102,7 @@ def test_variants_stand_beside_each_other_with_seeds_and_intervals(opened, compa
     assert not page.locator(".compared").nth(2).is_visible()
     page.locator("#comparison details summary").click()
     cost = page.locator(".compared").nth(2).locator("tbody")
-    assert words(cost.locator("tr").nth(0)) == "guidance=none 1 of 3 runs 90 s one run –"
+    assert words(cost.locator("tr").nth(0)) == "guidance=none 1 of 3 runs 90 s one seed –"
     assert words(cost.locator("tr").nth(1)) == "guidance=kl 2 of 3 runs 90 s no spread the same"
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ from gtr_turbo.compare.plan import (
     Factor,
     Job,
     Variant,
+    idle,
     make_jobs,
     make_variants,
     read_factors,
     read_seeds,
 )
-from gtr_turbo.compare.results import Comparison, collect, rows, to_json
+from gtr_turbo.compare.results import Comparison, collect, here, rows, to_json
 from gtr_turbo.compare.runner import Attempts, Runner
 from gtr_turbo.compare.show import page_data
 from gtr_turbo.report.page import write_report, write_whole
@@ -47,6 +50,10 @@ class Plan:
     def runs(self) -> list[Job]:
         """All runs, as their folders are now."""
         return make_jobs(self.variants, self.seeds, self.out)
+
+    def notes(self) -> list[str]:
+        """What a reader of the plan should know, a line each."""
+        return idle(self.variants)
 
 
 def make_plan(
@@ -92,13 +99,36 @@ def make_plan(
 
 
 def carry_out(plan: Plan, say: Callable[[str], None]) -> dict[Path, str]:
-    """Run what is not finished; returns why runs failed, by folder."""
-    jobs = plan.runs()
-    plan.out.mkdir(parents=True, exist_ok=True)
-    attempts = Attempts(plan.out / "attempts.jsonl")
-    runner = Runner(at_once=plan.jobs, threads=plan.threads, attempts=attempts, say=say)
-    runner.run(jobs)
+    """Run what is not finished; returns why runs failed, by folder.
+
+    Raises:
+        ConfigError: another process does so too, or a run folder holds something else.
+    """
+    with _own(plan.out):
+        jobs = plan.runs()
+        attempts = Attempts(plan.out / "attempts.jsonl")
+        if todo := sum(job.state != "finished" for job in jobs):
+            attempts.call(runs=todo, jobs=plan.jobs, threads=plan.threads, **here())
+        for note in plan.notes():
+            say(f"note: {note}")
+        runner = Runner(at_once=plan.jobs, threads=plan.threads, attempts=attempts, say=say)
+        runner.run(jobs)
     return runner.failures
+
+
+@contextmanager
+def _own(out: Path) -> Iterator[None]:
+    """Hold the comparison's folder for this process."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "compare.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"{out} is in use by another compare; wait for it, give another --out, or look at what is "
+                "there with --only-summary"
+            ) from error
+        yield
 
 
 def summarise(
@@ -111,19 +141,25 @@ def summarise(
         failures: why runs failed, by folder.
         target: success to be reached, in [0, 1]; None for none.
         episodes: in the replay of the report.
+
+    Raises:
+        ConfigError: the folder is not there, or a run folder holds something else.
     """
+    if not plan.out.is_dir():
+        raise ConfigError(
+            f"{plan.out} is no folder of a comparison; name one that is there with --out"
+        )
     comparison = collect(
         plan.runs(),
         plan.variants,
         plan.factors,
         plan.out,
         failures=failures,
-        cpu_seconds=Attempts(plan.out / "attempts.jsonl").cpu_seconds(),
         target=target,
     )
     done = [result for result in comparison.runs if result.run is not None]
-    plan.out.mkdir(parents=True, exist_ok=True)
-    made = to_json(comparison, plan.variants, {"jobs": plan.jobs, "threads": plan.threads})
+    calls = Attempts(plan.out / "attempts.jsonl").calls()
+    made = to_json(comparison, plan.variants, calls)
     write_whole(plan.out / "compare.json", f"{json.dumps(made, indent=1)}\n".encode())
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(rows(comparison))

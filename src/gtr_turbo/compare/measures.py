@@ -120,13 +120,15 @@ def areas(curves: Sequence[Curve]) -> list[float | None]:
     return [area(steps, values, low, high) for steps, values in curves]
 
 
-def reach(run: Run, target: float) -> dict[str, float]:
-    """Steps and seconds until the target; empty if it was not reached.
-
-    The curve is the success on fixed held-out deals if the run logged it, else that while training.
-    """
+def target_curve(run: Run) -> str:
+    """On what a target is reached: the success on fixed deals if the run logged it, else that while training."""
     logged = any("eval/student_success" in row for row in run.rows)
-    name = "eval/student_success" if logged else "rollout/success"
+    return "eval/student_success" if logged else "rollout/success"
+
+
+def reach(run: Run, target: float) -> dict[str, float]:
+    """Steps and seconds until the target; empty if it was not reached."""
+    name = target_curve(run)
     rows = [row for row in run.rows if name in row]
     found = first_reach([row[name] for row in rows], target, WINDOW)
     if found is None:
@@ -137,13 +139,16 @@ def reach(run: Run, target: float) -> dict[str, float]:
     return values
 
 
-def costs(run: Run, cpu_seconds: float | None) -> dict[str, float]:
-    """What the run took: of its summary, of the process, and of its metrics if they know money."""
-    paid = [row["external/dollars"] for row in run.rows if "external/dollars" in row]
+def costs(run: Run) -> dict[str, float]:
+    """What the run took: of its summary, and the last values of what its metrics count over interruptions."""
+
+    def last(name: str) -> float | None:
+        return next((row[name] for row in reversed(run.rows) if name in row), None)
+
     found = {
         "cost/seconds": finite(run.summary.get("seconds")),
-        "cost/cpu_seconds": cpu_seconds,
+        "cost/cpu_seconds": last("system/cpu_seconds"),
         "cost/peak_rss_mb": finite(run.summary.get("peak_rss_mb")),
-        "cost/dollars": paid[-1] if paid else None,
+        "cost/dollars": last("external/dollars"),
     }
     return {name: number for name, number in found.items() if number is not None}

@@ -13,13 +13,19 @@ from typing import Any, Literal, get_type_hints
 
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import TrainConfig
-from gtr_turbo.settings import build_config, merge, read_config, with_overrides
+from gtr_turbo.settings import build_config, dump_config, merge, read_config, with_overrides
 
 SWITCHES = ("kind", "method")
 """A group's main switch: `guidance` means `guidance.kind`, `teacher` means `teacher.method`."""
 
-FREE = ("run", "threads", "tensorboard", "trackers")
-"""Settings that do not change what a run computes: a stored run may differ in them, or have others of them."""
+FREE = ("run", "threads", "trackers")
+"""Settings that do not change what a run computes: a stored run may differ in them."""
+
+RETIRED = ("tensorboard",)
+"""Settings of former versions that did not either: a finished run may have them, `train --resume` refuses them."""
+
+MOST_SEEDS = 1000
+"""That `--seeds N` may mean."""
 
 LONGEST = 80
 """Characters of a label; longer ones are cut, with a hash of the whole."""
@@ -76,11 +82,15 @@ def read_seeds(text: str) -> tuple[int, ...]:
     """`5` is 0 to 4; `3,7` are those two; `3,` is that one.
 
     Raises:
-        ConfigError: not whole numbers from 0, none, or one twice.
+        ConfigError: not whole numbers from 0, none, one twice, or too many.
     """
     parts = [part.strip() for part in text.removesuffix(",").split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts):
+    if not all(part.isascii() and part.isdigit() and len(part) <= 18 for part in parts):
         raise ConfigError(f"--seeds {text!r} must be how many (5), or which (3,7)")
+    if "," not in text and int(text) > MOST_SEEDS:
+        raise ConfigError(
+            f"--seeds {text} is {text} seeds, at most {MOST_SEEDS}; for the seed {text} alone write {text},"
+        )
     seeds = tuple(map(int, parts)) if "," in text else tuple(range(int(text)))
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"--seeds {text!r} must name at least one seed, and none twice")
@@ -109,7 +119,7 @@ def read_factors(texts: Sequence[str]) -> list[Factor]:
         key = _switch(given)
         if key in ("run", "seed", "threads"):
             raise ConfigError(f"--vary {key} cannot be: see --out, --seeds and --threads")
-        if len({_text(value) for value in values}) < len(values):
+        if len({text_of(value) for value in values}) < len(values):
             raise ConfigError(f"--vary {text!r} names a value twice")
         if key in [factor.key for factor in factors]:
             raise ConfigError(f"--vary {key} is given twice; give its values once, with commas")
@@ -143,14 +153,19 @@ def make_variants(
     """Every combination of the factors' values, each with its config built.
 
     Raises:
-        ConfigError: a variant's settings are unknown or cannot work; it is named.
+        ConfigError: a variant's settings are unknown or cannot work, two variants have the same ones, or a setting
+            is both varied and given.
     """
     for key, instead in (("run", "--out"), ("seed", "--seeds")):
         if key in over:
             raise ConfigError(f"--{key} cannot be given to compare; see {instead}")
+    for factor in factors:
+        if _given(over, factor.key):
+            raise ConfigError(f"{factor.key} is both varied and given; take one of the two away")
     settings = read_config(source)
     settings.setdefault("name", source.stem)
     variants: list[Variant] = []
+    made: dict[str, str] = {}
     for values in itertools.product(*(factor.values for factor in factors)):
         nested: dict[str, Any] = {}
         for factor, value in zip(factors, values, strict=True):
@@ -165,14 +180,40 @@ def make_variants(
             )
         except ConfigError as error:
             raise ConfigError(f"variant {label}: {error}" if factors else str(error)) from error
+        if (first := made.setdefault(dump_config(config), label)) != label:
+            raise ConfigError(
+                f"variants {first} and {label} have the same settings; name each value once"
+            )
         keyed = dict(zip((factor.key for factor in factors), values, strict=True))
         variants.append(Variant(label=label, values=keyed, config=config))
     return variants
 
 
+def _given(over: Mapping[str, Any], key: str) -> bool:
+    """Whether nested settings say something of a dotted key."""
+    found: Any = over
+    for part in key.split("."):
+        if not isinstance(found, Mapping):
+            return True
+        if part not in found:
+            return False
+        found = found[part]
+    return True
+
+
+def idle(variants: Sequence[Variant]) -> list[str]:
+    """Notes on settings of the guidance that are varied where there is none: those variants learn the same."""
+    unguided = [variant for variant in variants if variant.config.guidance.kind == "none"]
+    return [
+        f"guidance.kind is none in {', '.join(v.label for v in unguided)}: {key} changes nothing that these learn"
+        for key in variants[0].values
+        if key.startswith("guidance.") and len({text_of(v.values[key]) for v in unguided}) > 1
+    ]
+
+
 def _label(names: Sequence[str], values: Sequence[Any]) -> str:
     """`name=value,...` of characters that any file system takes; what was lost is told apart by a hash."""
-    full = ",".join(f"{name}={_text(value)}" for name, value in zip(names, values, strict=True))
+    full = ",".join(f"{name}={text_of(value)}" for name, value in zip(names, values, strict=True))
     full = full or "base"
     safe = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", full)
     if safe == full and len(full) <= LONGEST:
@@ -180,7 +221,7 @@ def _label(names: Sequence[str], values: Sequence[Any]) -> str:
     return f"{safe[:LONGEST]}-{hashlib.sha256(full.encode()).hexdigest()[:6]}"
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
     """A value as labels have it.
 
     Raises:
@@ -211,7 +252,7 @@ def examine(folder: Path, config: TrainConfig) -> tuple[State, int]:
     """What a run folder holds of a run with this config, and the updates of its newest checkpoint.
 
     Raises:
-        ConfigError: it holds something else; the folder and the settings are named.
+        ConfigError: it holds something else, or cannot be resumed; the folder and the settings are named.
     """
     checkpoints = sorted(
         int(path.parent.name)
@@ -229,8 +270,10 @@ def examine(folder: Path, config: TrainConfig) -> tuple[State, int]:
             )
         return "new", 0
     try:
-        settings = {key: value for key, value in read_config(stored).items() if key not in FREE}
-        found = build_config(TrainConfig, settings)
+        settings = read_config(stored)
+        retired = [key for key in RETIRED if key in settings]
+        kept = {key: value for key, value in settings.items() if key not in FREE + RETIRED}
+        found = build_config(TrainConfig, kept)
     except ConfigError as error:
         raise ConfigError(
             f"the config of {folder} cannot be used ({error}); remove the folder or give another --out"
@@ -240,8 +283,13 @@ def examine(folder: Path, config: TrainConfig) -> tuple[State, int]:
             f"{folder} holds a run with other settings: {'; '.join(other[:5])}"
             f"{'; ...' if len(other) > 5 else ''}. Give another --out, or remove the folder"
         )
-    if read_summary(folder):
+    if read_summary(folder).get("env_steps") == config.num_updates * config.turns_per_update:
         return "finished", checkpoints[-1] if checkpoints else 0
+    if checkpoints and retired:
+        raise ConfigError(
+            f"{folder} cannot be resumed: its config.yaml has the setting {', '.join(retired)} of a former "
+            "version; take that line out, remove the folder or give another --out"
+        )
     return ("unfinished", checkpoints[-1]) if checkpoints else ("new", 0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -16,7 +17,8 @@ import numpy as np
 
 from gtr_turbo import __version__
 from gtr_turbo.compare import measures
-from gtr_turbo.compare.plan import Factor, Job, Variant
+from gtr_turbo.compare.plan import Factor, Job, Variant, text_of
+from gtr_turbo.compare.runner import last_line
 from gtr_turbo.compare.statistics import Array, Difference, Estimate, difference, estimate
 from gtr_turbo.report.read import ReportError, Run, read_run
 
@@ -60,6 +62,8 @@ class Comparison:
     factors: Sequence[Factor]
     seeds: Sequence[int]
     target: float | None
+    target_curves: Sequence[str]
+    """Metrics on which it was reached, or would have been."""
     measures: Mapping[str, measures.Measure]
     """Those that any run has, in the order of tables."""
     runs: Sequence[RunResult]
@@ -81,7 +85,6 @@ def collect(
     out: Path,
     *,
     failures: Mapping[Path, str],
-    cpu_seconds: Mapping[str, float],
     target: float | None,
 ) -> Comparison:
     """Read the runs and work out the numbers.
@@ -92,17 +95,15 @@ def collect(
         factors: what is varied.
         out: the comparison's folder.
         failures: why runs failed, by folder.
-        cpu_seconds: of runs, by `label/seedN`.
         target: success to be reached; None for none.
     """
     notes: list[str] = []
-    results = [_read(job, failures.get(job.folder), notes) for job in jobs]
+    results = [_read(job, out, failures.get(job.folder), notes) for job in jobs]
     read = [result for result in results if result.run is not None]
     for result in read:
         assert result.run is not None
-        key = f"{result.job.variant.label}/seed{result.job.seed}"
         result.values.update(measures.evaluations(result.run))
-        result.values.update(measures.costs(result.run, cpu_seconds.get(key)))
+        result.values.update(measures.costs(result.run))
         if target is not None:
             result.values.update(measures.reach(result.run, target))
     for name in measures.CURVES:
@@ -120,6 +121,7 @@ def collect(
         factors=factors,
         seeds=seeds,
         target=target,
+        target_curves=sorted({measures.target_curve(r.run) for r in read if r.run is not None}),
         measures=named,
         runs=results,
         variants=table.compare(one_each),
@@ -128,17 +130,28 @@ def collect(
     )
 
 
-def _read(job: Job, failure: str | None, notes: list[str]) -> RunResult:
+def _read(job: Job, out: Path, failure: str | None, notes: list[str]) -> RunResult:
     """A finished run's folder; what it lacks is noted."""
     if job.state != "finished":
+        if failure is None and job.log.exists():
+            failure = f"did not finish: {last_line(job.log)}"
         why = failure or ("not finished" if job.state == "unfinished" else "not started")
-        return RunResult(job=job, run=None, why=why)
+        return RunResult(job=job, run=None, why=without_paths(why, out))
     try:
         run = read_run(job.folder, f"{job.variant.label}/seed{job.seed}", turns=False)
     except ReportError as error:
-        return RunResult(job=job, run=None, why=str(error))
+        return RunResult(job=job, run=None, why=without_paths(str(error), out))
     notes.extend(run.warnings)
     return RunResult(job=job, run=run, why="")
+
+
+def without_paths(text: str, out: Path) -> str:
+    """A text in which the comparison's folder is OUT, the working folder `.`, and the home folder `~`."""
+    for folder, name in ((out, "OUT"), (Path.cwd(), "."), (Path(os.path.expanduser("~")), "~")):
+        for path in (os.path.abspath(folder), os.path.realpath(folder)):
+            if path != "/":
+                text = re.sub(rf"(?<![\w.~-]){re.escape(path)}(?![\w-])", name, text)
+    return text
 
 
 class _Table:
@@ -206,8 +219,8 @@ def _effects(
         factor.key: table.compare(
             [
                 (
-                    f"{factor.short}={value}",
-                    [variant for variant in variants if variant.values[factor.key] == value],
+                    f"{factor.short}={text_of(value)}",
+                    [v for v in variants if text_of(v.values[factor.key]) == text_of(value)],
                 )
                 for value in factor.values
             ]
@@ -217,26 +230,20 @@ def _effects(
 
 
 def to_json(
-    comparison: Comparison, variants: Sequence[Variant], settings: Mapping[str, Any]
+    comparison: Comparison, variants: Sequence[Variant], calls: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What `compare.json` holds; no path of this machine.
+    """What `compare.json` holds; no path of this machine, but for those that settings name.
 
     Args:
         comparison: the numbers.
         variants: of the plan, with their configs.
-        settings: how runs were started (`jobs`, `threads`).
+        calls: commands that started runs (`Attempts.calls`).
     """
     configs = {variant.label: (variant.values, asdict(variant.config)) for variant in variants}
     return {
-        "format": 1,
+        "format": 2,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"gtr-turbo": __version__, "python": platform.python_version(), **_versions()},
-        "machine": {
-            "system": platform.platform(),
-            "processor": platform.processor() or platform.machine(),
-            "cpus": os.cpu_count(),
-        },
-        **settings,
+        "calls": list(calls),
         "vary": {factor.key: list(factor.values) for factor in comparison.factors},
         "seeds": list(comparison.seeds),
         "target": comparison.target,
@@ -274,6 +281,18 @@ def _plain(result: VariantResult) -> dict[str, Any]:
     return asdict(result) | {"estimates": estimates, "differences": differences}
 
 
+def here() -> dict[str, Any]:
+    """Versions of what computes the numbers, and the machine."""
+    return {
+        "versions": {"gtr-turbo": __version__, "python": platform.python_version(), **_versions()},
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "cpus": os.cpu_count(),
+        },
+    }
+
+
 def _versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
@@ -291,7 +310,7 @@ def rows(comparison: Comparison) -> list[list[str]]:
     for result in comparison.runs:
         job = result.job
         numbers = [repr(result.values[name]) if name in result.values else "" for name in names]
-        varied = [str(job.variant.values[key]) for key in keys]
+        varied = [text_of(job.variant.values[key]) for key in keys]
         done = str(result.run is not None).lower()
         table.append([job.variant.label, *varied, str(job.seed), done, result.why, *numbers])
     return table

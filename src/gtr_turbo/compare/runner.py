@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -31,40 +31,33 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 @dataclass(slots=True)
 class Attempts:
-    """`attempts.jsonl`: when each process began and ended, and the CPU time it took."""
+    """`attempts.jsonl`: each command that started runs, and when each process began and ended."""
 
     path: Path
 
     def write(self, job: Job, event: str, **more: Any) -> None:
-        """Append a line."""
-        line = {"run": f"{job.variant.label}/seed{job.seed}", "event": event}
-        line["time"] = datetime.now(UTC).isoformat(timespec="seconds")
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line | more) + "\n")
+        """Append a line on a run's process."""
+        self._append(event, {"run": f"{job.variant.label}/seed{job.seed}"} | more)
 
-    def cpu_seconds(self) -> dict[str, float]:
-        """CPU time of runs (`label/seedN`) over all their processes; only where each was seen to end."""
-        found: dict[str, float] = {}
-        open_: set[str] = set()
-        for text in (
-            self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ()
-        ):
-            try:
+    def call(self, **more: Any) -> None:
+        """Append a line on a command that is about to start runs."""
+        self._append("call", more)
+
+    def _append(self, event: str, more: Mapping[str, Any]) -> None:
+        line = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line | dict(more)) + "\n")
+
+    def calls(self) -> list[dict[str, Any]]:
+        """What `call` wrote down: of each command that started runs, when, how, and on what."""
+        texts = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ()
+        found = []
+        for text in texts:
+            with suppress(ValueError):  # a line cut by a crash
                 line = json.loads(text)
-                run, event = line["run"], line["event"]
-                if event == "start" and line["how"] == "new":
-                    found[run] = 0.0
-                    open_.discard(run)
-                if event == "start" and run in open_:
-                    found.pop(run, None)
-                if event == "start":
-                    open_.add(run)
-                elif run in found:
-                    found[run] += float(line["cpu_seconds"])
-                    open_.discard(run)
-            except (ValueError, KeyError, TypeError):
-                continue  # a line cut by a crash: its run stays open
-        return {run: seconds for run, seconds in found.items() if run not in open_}
+                if isinstance(line, dict) and line.pop("event", None) == "call":
+                    found.append(line)
+        return found
 
 
 @dataclass(slots=True)
@@ -109,8 +102,10 @@ class Runner:
         source = ["--config", str(recipe), "--seed", str(job.seed)]
         if job.state == "unfinished":
             source = ["--resume"]
+        trackers = job.variant.config.trackers
+        source += ["--trackers", trackers if trackers == "auto" else json.dumps(trackers)]
         command = [sys.executable, "-m", "gtr_turbo", "train", *source, "--run", str(job.folder)]
-        with open(job.log, "ab" if job.state == "unfinished" else "wb") as log:
+        with open(job.log, "ab") as log:
             process = subprocess.Popen(
                 [*command, "--threads", str(self.threads)],
                 stdin=subprocess.DEVNULL,
@@ -127,18 +122,11 @@ class Runner:
     def _ended(self) -> Job | None:
         """A job whose process has ended, if one has; its end is written down."""
         for pid, (process, job, began) in self._running.items():
-            found, status, used = os.wait4(pid, os.WNOHANG)
-            if not found:
+            if (code := process.poll()) is None:
                 continue
             del self._running[pid]
-            code = process.returncode = os.waitstatus_to_exitcode(status)
-            self.attempts.write(
-                job,
-                "end",
-                code=code,
-                seconds=round(time.monotonic() - began, 3),
-                cpu_seconds=round(used.ru_utime + used.ru_stime, 3),
-            )
+            seconds = round(time.monotonic() - began, 3)
+            self.attempts.write(job, "end", code=code, seconds=seconds)
             if code:
                 how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
                 self.failures[job.folder] = f"{how}: {last_line(job.log)}"

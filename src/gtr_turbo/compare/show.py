@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gtr_turbo.compare.measures import COSTS, OVER_RUN, Measure
-from gtr_turbo.compare.plan import Job
+from gtr_turbo.compare.measures import COSTS, CURVES, OVER_RUN, Measure
 from gtr_turbo.compare.results import Comparison, VariantResult
 from gtr_turbo.compare.statistics import Difference, Estimate
+
+if TYPE_CHECKING:
+    from gtr_turbo.compare import Plan
 
 MOST_MISSING = 20
 """Missing runs that are listed; the files have all."""
 
 
-def show_plan(console: Console, jobs: Sequence[Job], at_once: int, threads: int) -> None:
-    """Which runs there are, and what would be done with each."""
+def show_plan(console: Console, plan: Plan) -> None:
+    """Which runs there are, and what would be done with each; no line is broken, so names can be copied."""
     what = {"finished": "taken as it is", "new": "starts"}
-    table = Table(title="plan", title_style="bold")
-    for head in ("variant", "seed", "what happens", "folder"):
-        table.add_column(head, overflow="fold", justify="right" if head == "seed" else "left")
-    for job in jobs:
-        how = what.get(job.state, f"goes on after update {job.update}")
-        table.add_row(*map(Text, (job.variant.label, str(job.seed), how, str(job.folder))))
-    console.print(table)
+    jobs, say = plan.runs(), _line(console)
+    hows = [what.get(job.state, f"goes on after update {job.update}") for job in jobs]
+    say(f"in {plan.out}:")
+    for job, how in zip(jobs, hows, strict=True):
+        say(f"  {how:<{max(map(len, hows))}}  {job.folder.relative_to(plan.out)}")
+    for note in plan.notes():
+        say(f"note: {note}")
     left = sum(job.state != "finished" for job in jobs)
-    console.print(
-        f"{len(jobs)} runs, {left} of them to do; {at_once} at once on {threads} thread(s) each",
-        highlight=False,
-    )
+    threads = f"{plan.threads} thread{'s' * (plan.threads > 1)} each"
+    say(f"{len(jobs)} runs, {left} of them to do; {plan.jobs} at once on {threads}")
 
 
 def show_comparison(console: Console, comparison: Comparison) -> None:
@@ -135,8 +135,7 @@ def _cell(result: VariantResult, name: str, measure: Measure, best: str | None) 
 
 def _interval(number: Estimate | Difference, measure: Measure) -> str:
     if (ends := _ends(number, measure)) is None:
-        count = number.seeds if isinstance(number, Estimate) else number.pairs
-        return "one run" if count == 1 else "no spread"
+        return "one seed" if number.seeds == 1 else "no spread"
     write = amount if isinstance(number, Estimate) else change
     low, high = (write(end, measure.unit, short=True) for end in ends)
     return f"{low} to {high}"
@@ -144,9 +143,9 @@ def _interval(number: Estimate | Difference, measure: Measure) -> str:
 
 def _ends(number: Estimate | Difference, measure: Measure) -> tuple[float, float] | None:
     """Student's interval, cut to what the measure can be."""
-    if number.student is None or isinstance(number, Difference) or measure.signed:
-        return number.student
-    low, high = number.student
+    if number.t_interval is None or isinstance(number, Difference) or measure.signed:
+        return number.t_interval
+    low, high = number.t_interval
     return max(low, 0.0), min(high, 1.0) if measure.unit == "fraction" else high
 
 
@@ -167,13 +166,18 @@ def change(value: float, unit: str, *, short: bool = False) -> str:
 
 
 def _target(console: Console, comparison: Comparison) -> None:
-    table = _new(f"reaching {comparison.target:.0%} while training", comparison.variants)
+    title = f"reaching {comparison.target:.0%} ({_target_on(comparison)})"
+    table = _new(title, comparison.variants)
     table.add_column("seeds that reached it", justify="right")
     table.add_column("steps, median", justify="right")
     for row in _reached(comparison.variants):
         steps = "-" if row["steps"] is None else f"{row['steps']:,.0f}"
         table.add_row(Text(row["label"]), f"{row['reached']} of {row['seeds']}", steps)
     console.print(table)
+
+
+def _target_on(comparison: Comparison) -> str:
+    return " or ".join(CURVES[name] for name in comparison.target_curves) or "no run yet"
 
 
 def _reached(results: Sequence[VariantResult]) -> list[dict[str, Any]]:
@@ -201,9 +205,11 @@ def page_data(comparison: Comparison, name: str) -> dict[str, Any]:
     for key, results in comparison.effects.items():
         for measure in [m for m in comparison.measures if m.startswith("after/")][:2]:
             panel = _panel(comparison, results, measure, {})
-            panels.append(panel | {"main": True, "about": f"by {key}, over the other settings"})
+            about = f"by {key}, over the other settings; differences are to {results[0].label}"
+            panels.append(panel | {"main": True, "about": about})
     about = (
-        "Of finished runs; the median counts those that did not reach it as later than all others."
+        f"({_target_on(comparison)}). Of finished runs; the median counts those that did not reach it as "
+        "later than all others."
     )
     rows = _reached(comparison.variants)
     target = {"success": comparison.target, "about": about, "rows": rows} if rows else None
@@ -236,7 +242,7 @@ def _panel(
                 "planned": result.planned,
                 "best": result.label == best,
                 "points": _points(comparison, result.label, name),
-                "seeds": number.seeds if number else 0,
+                "runs": number.runs if number else 0,
                 **_numbers(number, measure),
                 "difference": gap
                 and {"above": gap.above, "pairs": gap.pairs, **_numbers(gap, measure)},
@@ -255,6 +261,6 @@ def _points(comparison: Comparison, label: str, name: str) -> list[float]:
 
 def _numbers(number: Estimate | Difference | None, measure: Measure) -> dict[str, float | None]:
     if number is None:
-        return {"mean": None, "low": None, "high": None}
+        return {"seeds": 0, "mean": None, "low": None, "high": None}
     low, high = _ends(number, measure) or (None, None)
-    return {"mean": number.mean, "low": low, "high": high}
+    return {"seeds": number.seeds, "mean": number.mean, "low": low, "high": high}

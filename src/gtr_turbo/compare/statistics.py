@@ -1,8 +1,10 @@
 """Statistics over seeds: pure functions of arrays. What each is good for stands in docs/compare.md.
 
-Scores are arrays (strata, seeds): a stratum is a task or setting that is not compared but averaged over. NaN
-is a run that is missing. The bootstraps and the interquartile mean are those of rliable (Agarwal et al. 2021,
-arXiv 2108.13264); with few seeds they are too narrow, so means and differences have Student's intervals too.
+Scores are arrays (strata, seeds): a stratum is a setting that is not compared but averaged over. NaN is a run
+that is missing. Runs of one seed share their deals over all strata, so what is independent is a seed: intervals
+are over seeds, and bootstraps draw a seed's runs together. Interquartile mean and probability of improvement are
+those of rliable (Agarwal et al. 2021, arXiv 2108.13264). With few seeds bootstraps are too narrow, so means and
+differences have Student's intervals too.
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ class Estimate:
     """A number over seeds. An interval is None where the seeds show no spread, or there is only one."""
 
     seeds: int
-    """Scores it rests on, over all strata."""
+    """Seeds with a score in every stratum; the others are left out."""
+    runs: int
+    """Scores it rests on: those seeds', over all strata."""
     mean: float
-    student: Interval | None
+    t_interval: Interval | None
     """95 % interval of `mean`, Student's t."""
     bootstrap: Interval | None
-    """95 % interval of `mean`, percentiles of the stratified bootstrap."""
+    """95 % interval of `mean`, percentiles of a bootstrap that resamples seeds."""
     iqm: float
     iqm_bootstrap: Interval | None
 
@@ -43,12 +47,15 @@ class Estimate:
 class Difference:
     """One variant minus another, seed by seed."""
 
+    seeds: int
+    """Seeds with a pair in every stratum; the others are left out."""
     pairs: int
+    """Pairs it rests on: those seeds', over all strata."""
     mean: float
-    student: Interval | None
-    """95 % interval of `mean`, Student's t on the pairs."""
+    t_interval: Interval | None
+    """95 % interval of `mean`, Student's t on the seeds' gaps."""
     bootstrap: Interval | None
-    """95 % interval of `mean`, percentiles of a bootstrap that resamples pairs."""
+    """95 % interval of `mean`, percentiles of a bootstrap that resamples seeds with their pairs."""
     above: int
     """Pairs in which the variant is the higher one."""
     below: int
@@ -62,11 +69,6 @@ def interquartile_mean(scores: Array) -> Array:
     ordered = np.sort(scores, axis=-1)
     cut = ordered.shape[-1] // 4
     return np.asarray(ordered[..., cut : ordered.shape[-1] - cut].mean(axis=-1))
-
-
-def stratified_mean(strata: Sequence[Array]) -> Array:
-    """Mean of the strata's means, each over the last axis."""
-    return np.asarray(np.mean([stratum.mean(axis=-1) for stratum in strata], axis=0))
 
 
 def student_quantile(freedom: float, level: float = LEVEL) -> float:
@@ -90,94 +92,92 @@ def student_quantile(freedom: float, level: float = LEVEL) -> float:
     return math.sqrt(freedom) * math.tan(low)
 
 
-def student_interval(strata: Sequence[Array], level: float = LEVEL) -> Interval | None:
-    """Student's interval of `stratified_mean`; None without spread, or with one score in a stratum.
-
-    The standard error adds the strata's variances of the mean; the degrees of freedom are Welch's and
-    Satterthwaite's. For one stratum both are the usual ones.
-    """
-    if any(len(stratum) < 2 for stratum in strata):
+def student_interval(scores: Array, level: float = LEVEL) -> Interval | None:
+    """Student's interval of the mean of scores (seeds,); None without spread, or with one score."""
+    if len(scores) < 2:
         return None
-    parts = np.array([s.var(ddof=1) / len(s) for s in strata]) / len(strata) ** 2
-    variance = float(parts.sum())
-    centre = float(stratified_mean(strata))
-    if math.sqrt(variance) <= 1e-12 * max(1.0, abs(centre)):
+    centre, error = float(scores.mean()), float(scores.std(ddof=1)) / math.sqrt(len(scores))
+    if error <= 1e-12 * max(1.0, abs(centre)):
         return None
-    shares = parts**2 / np.array([len(s) - 1 for s in strata])
-    half = student_quantile(variance**2 / float(shares.sum()), level) * math.sqrt(variance)
+    half = student_quantile(len(scores) - 1, level) * error
     return centre - half, centre + half
 
 
 def bootstrap(
-    strata: Sequence[Array], statistic: Callable[[Sequence[Array]], Array], level: float = LEVEL
+    scores: Array, statistic: Callable[[Array], Array], level: float = LEVEL
 ) -> Interval | None:
-    """Percentile interval of `statistic`; seeds are drawn with replacement within each stratum.
+    """Percentile interval of `statistic`; seeds are drawn with replacement.
 
     Args:
-        strata: each (..., seeds): what belongs to one seed is drawn together.
-        statistic: takes strata (resamples, ..., seeds), returns (resamples,).
+        scores: (..., seeds); what belongs to one seed is drawn together.
+        statistic: takes (resamples, ..., seeds), returns (resamples,).
         level: of the interval.
 
     Returns:
         The interval; None if no two resamples differ, as with one seed.
     """
-    generator = np.random.default_rng(SEED)
-    drawn = []
-    for stratum in strata:
-        chosen = generator.integers(stratum.shape[-1], size=(RESAMPLES, stratum.shape[-1]))
-        drawn.append(np.moveaxis(stratum[..., chosen], -2, 0))
-    found = statistic(drawn)
+    seeds = scores.shape[-1]
+    chosen = np.random.default_rng(SEED).integers(seeds, size=(RESAMPLES, seeds))
+    found = statistic(np.moveaxis(scores[..., chosen], -2, 0))
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return (float(low), float(high)) if np.ptp(found) > 1e-12 else None
 
 
+def mean_of_all(scores: Array) -> Array:
+    """Mean over the last two axes, (strata, seeds)."""
+    return np.asarray(scores.mean(axis=(-2, -1)))
+
+
+def iqm_of_all(scores: Array) -> Array:
+    """Interquartile mean over the last two axes, (strata, seeds)."""
+    return interquartile_mean(scores.reshape(*scores.shape[:-2], -1))
+
+
 def estimate(scores: Array) -> Estimate | None:
-    """Means of scores (strata, seeds) with their intervals; None if a stratum has no score."""
-    strata = [row[~np.isnan(row)] for row in np.atleast_2d(scores)]
-    if not all(map(len, strata)):
+    """Means of scores (strata, seeds) with their intervals; None if no seed has a score in every stratum."""
+    whole = np.atleast_2d(scores)
+    whole = whole[:, ~np.isnan(whole).any(axis=0)]
+    if not whole.size:
         return None
-
-    def iqm(rows: Sequence[Array]) -> Array:
-        return interquartile_mean(np.concatenate(rows, axis=-1))
-
     return Estimate(
-        seeds=sum(map(len, strata)),
-        mean=float(stratified_mean(strata)),
-        student=student_interval(strata),
-        bootstrap=bootstrap(strata, stratified_mean),
-        iqm=float(iqm(strata)),
-        iqm_bootstrap=bootstrap(strata, iqm),
+        seeds=whole.shape[1],
+        runs=whole.size,
+        mean=float(mean_of_all(whole)),
+        t_interval=student_interval(whole.mean(axis=0)),
+        bootstrap=bootstrap(whole, mean_of_all),
+        iqm=float(iqm_of_all(whole)),
+        iqm_bootstrap=bootstrap(whole, iqm_of_all),
     )
 
 
-def probability_of_improvement(strata: Sequence[Array]) -> Array:
+def probability_of_improvement(pairs: Array) -> Array:
     """P(X > Y) + P(X = Y) / 2 over all pairs of runs of a stratum, mean over the strata (Mann-Whitney's U / nm).
 
     Args:
-        strata: each (..., 2, seeds), X and Y.
+        pairs: (..., 2, strata, seeds), X and Y.
     """
-    signs = [np.sign(s[..., 0, :, None] - s[..., 1, None, :]).mean(axis=(-2, -1)) for s in strata]
-    return np.asarray((np.mean(signs, axis=0) + 1) / 2)
+    x, y = pairs[..., 0, :, :, None], pairs[..., 1, :, None, :]
+    return np.asarray((np.sign(x - y).mean(axis=(-3, -2, -1)) + 1) / 2)
 
 
 def difference(scores: Array, base: Array) -> Difference | None:
-    """Scores minus the base's, both (strata, seeds) with the seeds in one order.
+    """Scores minus the base's, both (strata, seeds) with strata and seeds in one order.
 
-    Pairs are runs of one stratum and one seed of which both are there. None if a stratum has no pair.
+    None if no seed has both in every stratum.
     """
-    both = np.stack([np.atleast_2d(scores), np.atleast_2d(base)], axis=1)  # (strata, 2, seeds)
-    pairs = [rows[:, ~np.isnan(rows).any(axis=0)] for rows in both]
-    if not all(pair.size for pair in pairs):
+    pairs = np.stack([np.atleast_2d(scores), np.atleast_2d(base)])  # (2, strata, seeds)
+    pairs = pairs[..., ~np.isnan(pairs).any(axis=(0, 1))]
+    if not pairs.size:
         return None
-    gaps = [x - y for x, y in pairs]
-    every = np.concatenate(gaps)
+    gaps = pairs[0] - pairs[1]
     return Difference(
-        pairs=len(every),
-        mean=float(stratified_mean(gaps)),
-        student=student_interval(gaps),
-        bootstrap=bootstrap(gaps, stratified_mean),
-        above=int((every > 0).sum()),
-        below=int((every < 0).sum()),
+        seeds=gaps.shape[1],
+        pairs=gaps.size,
+        mean=float(mean_of_all(gaps)),
+        t_interval=student_interval(gaps.mean(axis=0)),
+        bootstrap=bootstrap(gaps, mean_of_all),
+        above=int((gaps > 0).sum()),
+        below=int((gaps < 0).sum()),
         improvement=float(probability_of_improvement(pairs)),
         improvement_bootstrap=bootstrap(pairs, probability_of_improvement),
     )

@@ -166,10 +166,15 @@ def _over_seeds(stages: Sequence[dict[str, Any] | None]) -> dict[str, Any] | Non
     return {"success": sum(known) / len(known), "low": min(known), "high": max(known)}
 
 
-def settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every setting with its value in each run; `differs` where they are not all the same."""
+def settings(runs: Sequence[Run], without: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Every setting with its value in each run; `differs` where they are not all the same.
+
+    Args:
+        runs: of the report.
+        without: settings that are not shown.
+    """
     flat = [flatten(run.config) for run in runs]
-    names = dict.fromkeys(name for table in flat for name in table)
+    names = dict.fromkeys(name for table in flat for name in table if name not in without)
     rows = []
     for name in names:
         values = [table.get(name) for table in flat]

@@ -90,7 +90,7 @@ def write_report(
         "runs": [{"label": run.label, "seed": as_text(run.seed)} for run in found],
         "facts": overview.facts(found),
         "results": overview.results(found, groups),
-        "settings": overview.settings(found),
+        "settings": overview.settings(found, without=("run",) if comparison else ()),
         "curves": curves(found, groups=groups),
         "comparison": comparison,
         "stored": stored,

@@ -18,7 +18,7 @@ function showComparison() {
   const body = byId("comparison-body");
   body.append(
     el("p", {}, `Means over seeds with 95 % intervals (Student's t). Differences are to `, el("strong", {}, visible(made.base)),
-      ", paired by seed, with the interval of the paired difference, those of successes in percentage points: an interval that holds 0 is no finding. " +
+      " where a table names no other, paired by seed, with the interval of the paired difference, those of successes in percentage points: an interval that holds 0 is no finding. " +
       "The intervals are not corrected for the number of comparisons."),
     el("ul", { class: "key muted" }, el("li", {}, sample("dot"), "one seed"), el("li", {}, sample("mean"), "mean and interval"), el("li", {}, "★ best mean")),
   );
@@ -45,7 +45,7 @@ function comparisonPanel(panel) {
       gaps ? head("Difference", { class: "number" }) : null, head(comparisonAxis(scale, unit), { class: "plot" }))));
   const body = el("tbody");
   for (const row of panel.rows) {
-    const runs = row.seeds === row.planned ? `${row.seeds} run${row.seeds === 1 ? "" : "s"}` : `${row.seeds} of ${row.planned} runs`;
+    const runs = row.runs === row.planned ? `${row.runs} run${row.runs === 1 ? "" : "s"}` : `${row.runs} of ${row.planned} runs`;
     body.append(el("tr", {},
       el("th", { scope: "row" }, row.group === null ? null : swatch(row.group), " ", visible(row.label), el("br"), small(runs)),
       el("td", { class: "number" }, ...measured(row, unit.text, row.best ? "★ " : "")),
@@ -68,7 +68,7 @@ function gapCell(gap, unit) {
 /** A mean, and its interval on a second line. */
 function measured(row, text, before) {
   if (row.mean === null) return ["–"];
-  const interval = row.low === null ? (row.seeds === 1 || row.pairs === 1 ? "one run" : "no spread") : `${text(row.low)} to ${text(row.high)}`;
+  const interval = row.low === null ? (row.seeds === 1 ? "one seed" : "no spread") : `${text(row.low)} to ${text(row.high)}`;
   return [el("strong", {}, before + text(row.mean)), el("br"), small(interval)];
 }
 
