@@ -65,7 +65,9 @@ class Item:
     id: str = ""
     """As the game file calls it."""
     spots: frozenset[Pose] = frozenset()
-    """Where it can be reached at the start, if not only where its home is."""
+    """Where it lies within reach at the start: the pose of its home, as a rule."""
+    inside: tuple[int, ...] = ()
+    """Objects that are told to be in it when it is examined; the engine never changes this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +102,8 @@ class Game:
     """Where the agent stands at the beginning."""
     holds: Mapping[str, frozenset[str]]
     """Kind of receptacle -> kinds of objects that may be put there."""
+    put: str = "move {} to {}"
+    """How an object is put down; games compiled before ALFWorld 0.4 say "put {} in/on {}"."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -124,6 +128,10 @@ class State:
     """Lamps switched on; using one again leaves it on, as in ALFWorld."""
     sliced: set[int] = field(default_factory=set)
     """Objects that were sliced."""
+    spots: set[tuple[int, Pose]] = field(default_factory=set)
+    """(object, pose) where it lies within reach; that of a held object may remain."""
+    left: set[tuple[int, int]] = field(default_factory=set)
+    """(object, receptacle) it was taken from and not put back to; the text engine remembers these."""
 
 
 class Seen(NamedTuple):
