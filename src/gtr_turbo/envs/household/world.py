@@ -23,6 +23,8 @@ PLACE, TWO, LIGHT, CLEAN, HEAT, COOL = (
 )
 TASKS = (PLACE, TWO, LIGHT, CLEAN, HEAT, COOL)
 """ALFRED's names of the six task types."""
+STATES = ("clean", "hot", "cool", "on", "sliced")
+"""States of objects; each is a set of `State`."""
 
 
 class Pose(NamedTuple):
@@ -45,7 +47,9 @@ class Receptacle:
     pose: Pose
     """Where the agent stands to use it; several receptacles may share one."""
     openable: bool
-    """Closed until it is opened."""
+    """It can be opened and closed."""
+    open: bool = False
+    """It is open when the game starts."""
     id: str = ""
     """As the game file calls it."""
 
@@ -64,6 +68,8 @@ class Item:
     """Which of `pickup`, `clean`, `heat`, `cool`, `toggle`, `slice` can be done to it, and `contain`."""
     id: str = ""
     """As the game file calls it."""
+    states: frozenset[str] = frozenset()
+    """Which of `STATES` it is in at the start."""
     spots: frozenset[Pose] = frozenset()
     """Where it lies within reach at the start: the pose of its home, as a rule."""
     inside: tuple[int, ...] = ()
@@ -96,8 +102,9 @@ class Game:
     sentence: str
     """The task in words, "put a clean mug in shelf", without a full stop."""
     receptacles: tuple[Receptacle, ...]
-    """In the order in which the room is listed."""
+    """In the order in which the room is listed: that of their ids."""
     objects: tuple[Item, ...]
+    """In the order of their ids, in which they are listed too."""
     start: Pose
     """Where the agent stands at the beginning."""
     holds: Mapping[str, frozenset[str]]
