@@ -22,7 +22,6 @@ from gtr_turbo.envs.household.world import (
     COOL,
     HEAT,
     LIGHT,
-    STATES,
     TWO,
     Game,
     Pose,
@@ -75,14 +74,16 @@ def listed(names: Iterable[str]) -> str:
 
 def beginning(game: Game) -> State:
     """The state in which a game begins."""
-    items = list(enumerate(game.objects))
-    return State(
+    state = State(
         at=next((i for i, r in enumerate(game.receptacles) if r.pose == game.start), None),
-        places=[item.home for _, item in items],
+        places=[item.home for item in game.objects],
         opened={i for i, r in enumerate(game.receptacles) if r.open},
-        spots={(i, pose) for i, item in items for pose in item.spots},
-        **{name: {i for i, item in items if name in item.states} for name in STATES},
     )
+    for i, item in enumerate(game.objects):
+        state.spots |= {(i, pose) for pose in item.spots}
+        for name in item.states:
+            getattr(state, name).add(i)
+    return state
 
 
 class Engine:
@@ -112,9 +113,7 @@ class Engine:
 
     def closed(self, receptacle: int) -> bool:
         """True if it must be opened first."""
-        return (
-            self.game.receptacles[receptacle].openable and receptacle not in self.state.opened
-        )
+        return self.game.receptacles[receptacle].openable and receptacle not in self.state.opened
 
     @property
     def moves(self) -> dict[str, Move]:
@@ -240,9 +239,7 @@ class Engine:
         """The feedback of `look`."""
         here, pose = self.here, self.pose
         if not here:
-            return (
-                "You are in the middle of a room. Looking quickly around you, you see nothing."
-            )
+            return "You are in the middle of a room. Looking quickly around you, you see nothing."
         state = self.state
         beside = (
             f"a {self.game.objects[i].name}"

@@ -125,7 +125,11 @@ def _place(rng: np.random.Generator, room: facts.Scene, goal: Task) -> list[tupl
             homes: dict[str, list[int]] = {}
             for i, (home, _, _) in enumerate(room.receptacles):
                 fits = home in LAMP_STANDS if kind == LAMP else kind in holds.get(home, ())
-                if fits and inside[i] < MOST_INSIDE and (kind, home) != (goal.object, goal.receptacle):
+                if (
+                    fits
+                    and inside[i] < MOST_INSIDE
+                    and (kind, home) != (goal.object, goal.receptacle)
+                ):
                     homes.setdefault(home, []).append(i)
             if homes:
                 choice = homes[sorted(homes)[rng.integers(len(homes))]]
@@ -154,12 +158,12 @@ def build(
 ) -> Game:
     """The game with these objects, named and in order."""
     known, ids = facts.load(), _ids(room, placed)
-    furniture = sorted(range(len(room.receptacles)), key=lambda i: naming.order(room.receptacles[i][1]))
+    furniture = sorted(
+        range(len(room.receptacles)), key=lambda i: naming.order(room.receptacles[i][1])
+    )
     named = naming.names([*ids, *(name for _, name, _ in room.receptacles)])
     receptacles = tuple(
-        Receptacle(
-            name=named[name], kind=kind, pose=pose, openable=kind in known.openable, id=name
-        )
+        Receptacle(name=named[name], kind=kind, pose=pose, openable=kind in known.openable, id=name)
         for kind, name, pose in (room.receptacles[i] for i in furniture)
     )
     objects = []

@@ -87,7 +87,9 @@ class Oracle:
         place = places[item]
         name = self._game.objects[item].name
         seen = place in engine.here and place is not None and not engine.closed(place)
-        why = f"I need the {name}, so I take it." if seen else f"I need a {self._word} and see none."
+        why = (
+            f"I need the {name}, so I take it." if seen else f"I need a {self._word} and see none."
+        )
         return self._use(place, Move("take", item), why)
 
     def _shine(self, held: int | None) -> Advice:
