@@ -35,8 +35,7 @@ TREATMENTS = {CLEAN: "clean", HEAT: "heat", COOL: "cool"}
 KNIVES = ("Knife", "ButterKnife")
 NOTHING = "Nothing happens."
 WELCOME = "-= Welcome to TextWorld, ALFRED! =-"
-HELP = """
-Available commands:
+HELP = """Available commands:
   look:                             look around your current location
   inventory:                        check your current inventory
   go to (receptacle):               move to a receptacle
