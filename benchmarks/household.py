@@ -29,6 +29,9 @@ from gtr_turbo.envs.household.generator import generate
 from gtr_turbo.envs.household.oracle import Oracle
 from gtr_turbo.envs.household.world import TASKS
 
+ASKING = ("look", "inventory", "help", "examine")
+"""Verbs that change nothing."""
+
 
 class Told(NamedTuple):
     """What an engine shows after a command."""
@@ -71,16 +74,16 @@ def ours(engine: Engine, feedback: str) -> Told:
 
 
 def next_command(rng: np.random.Generator, engine: Engine, chance: float) -> str:
-    """The oracle's command; with probability `chance` one at random, of which few are inadmissible.
+    """The oracle's command; with probability `chance` one at random: its verb first, then the rest of it.
 
-    Commands that go nowhere are drawn less often than others, so that a walk meets more states.
+    One in thirty of these is inadmissible, one in four only asks; so a walk meets many states.
     """
     if rng.random() >= chance and not engine.won:
         return Oracle(engine).advise().command
     if rng.random() < 0.03:
         return str(rng.choice(["", "Look", "go to  fridge 1", "eat egg 1", "go to loc 1"]))
-    moves = engine.moves
-    kinds = sorted({move.verb for move in moves.values()})
+    moves, asks = engine.moves, rng.random() < 0.25
+    kinds = sorted({m.verb for m in moves.values() if (m.verb in ASKING) == asks})
     kind = kinds[rng.integers(len(kinds))]
     some = sorted(command for command, move in moves.items() if move.verb == kind)
     return some[rng.integers(len(some))]
@@ -131,7 +134,9 @@ def main() -> None:
     parser.add_argument("--games", type=int, default=300, help="an equal number of each task type")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--given", type=Path, help="compare the game.tw-pddl files below this folder")
+    parser.add_argument(
+        "--given", type=Path, help="compare the game.tw-pddl files below this folder"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)

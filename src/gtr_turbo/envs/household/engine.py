@@ -135,6 +135,8 @@ class Engine:
         """Commands that depend on nothing but where the agent stands."""
         if pose not in self._standing:
             moves = {verb: Move(verb) for verb in ("look", "inventory", "help")}
+            if not self.game.help:
+                del moves["help"]
             for number, receptacle in enumerate(self.game.receptacles):
                 verb = "examine" if receptacle.pose == pose else "go"
                 said = "examine" if verb == "examine" else "go to"
@@ -254,7 +256,8 @@ class Engine:
         item = self.game.objects[i].name if i >= 0 else ""
         place = self.game.receptacles[r].name if r >= 0 else ""
         if verb == "go":
-            return f"You arrive at {place}. {self._examined(r)}"
+            arrived = self.game.locations.get(self.pose, place)
+            return f"You arrive at {arrived}. {self._examined(r)}"
         if verb == "open":
             return f"You open the {place}. {self._examined(r)}"
         if verb == "examine":

@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gtr_turbo.envs.household import facts, naming
 from gtr_turbo.envs.household.pddl import (
@@ -31,11 +31,12 @@ from gtr_turbo.envs.household.world import TASKS, Game, Item, Pose, Receptacle, 
 
 GAME, PROBLEM, TRAJECTORY = "game.tw-pddl", "initial_state.pddl", "traj_data.json"
 MAX_BYTES = 4_000_000
-OLD_PUT = "put {} in/on {}"
-"""How objects are put down in games compiled before ALFWorld 0.4."""
+PUT, OLD_PUT = "move {} to {}", "put {} in/on {}"
+"""How objects are put down, now and in games compiled before ALFWorld 0.4."""
 
 _TEMPLATE = re.compile(r'action\s+(\w+)\s*\{\s*template\s*::\s*"([^"]*)"')
 _SENTENCE = re.compile(r'"Your task is to: ([^"\\]{1,300}?)\.?"')
+_ARRIVAL = re.compile(r"You arrive at \{(r|lend)\.name\}")
 _SCENE = re.compile(r"-(\d{1,3})/trial_[^/]*$")
 # -- writing -------------------------------------------------------------------------------------
 
@@ -169,26 +170,39 @@ def _task(goal: Tree) -> Task:
     )
 
 
-def _wording(grammar: str) -> tuple[str, str]:
-    """The task sentence of a grammar, and how it puts objects down.
+class _Wording(NamedTuple):
+    """What the grammar of a game says in its own way."""
+
+    sentence: str
+    put: str
+    help: bool
+    arrives_at_locations: bool
+
+
+def _wording(grammar: str) -> _Wording:
+    """The task sentence of a grammar, and which of ALFWorld's commands and words it has.
 
     Raises:
-        GameError: its commands are not those of ALFWorld.
+        GameError: its commands are not those of any ALFWorld.
     """
-    ours = dict(_TEMPLATE.findall(facts.load().grammar))
-    theirs = dict(_TEMPLATE.findall(grammar))
-    put = str(theirs.get("PutObject")).format(o="{}", r="{}") if "PutObject" in theirs else ""
-    if put not in (OLD_PUT, Game.__dataclass_fields__["put"].default):
-        raise GameError(f"its grammar puts objects down with {put[:80]!r}, which ALFWorld does not")
+    ours, theirs = (
+        dict(_TEMPLATE.findall(text)) for text in (facts.load().grammar, grammar[:MAX_BYTES])
+    )
+    put = theirs.get("PutObject", "").replace("{o}", "{}").replace("{r}", "{}")
+    sentence, arrival = _SENTENCE.search(grammar), _ARRIVAL.search(grammar)
     for action in ("PutObject", "PutEmptyReceptacleObjectinReceptacle"):
-        ours.pop(action), theirs.pop(action, None)
-    if ours != theirs:
-        odd = sorted(set(ours.items()) ^ set(theirs.items()))[0]
-        raise GameError(f"its grammar is not ALFWorld's: {odd[0][:40]!r} says {odd[1][:80]!r}")
-    sentence = _SENTENCE.search(grammar)
-    if sentence is None:
-        raise GameError("its grammar has no 'Your task is to: ...'")
-    return sentence[1], put
+        ours.pop(action)
+        theirs.pop(action, None)
+    helps = "help" in theirs
+    if not helps:
+        ours.pop("help")
+    if sentence is None or arrival is None or ours != theirs or put not in (PUT, OLD_PUT):
+        odd = sorted({name for name, _ in set(ours.items()) ^ set(theirs.items())})
+        raise GameError(
+            "its grammar is none of ALFWorld's: it needs 'Your task is to: ...', 'You arrive at "
+            f"...' and ALFWorld's commands ({', '.join(odd)[:200] or put[:80]} differ)"
+        )
+    return _Wording(sentence[1], put, helps, arrival[1] == "lend")
 
 
 def _items(
@@ -225,6 +239,13 @@ def _items(
     )
 
 
+def _locations(found: Mapping[str, list[list[str]]]) -> dict[Pose, str]:
+    """The names of all locations, "loc 7"."""
+    facts_at = ("atLocation", "receptacleAtLocation", "objectAtLocation")
+    ids = {where for fact in facts_at for _, where in found[fact]}
+    return {pose_of(where): name for where, name in naming.names(ids).items()}
+
+
 def read(data: Any, scene: int = 0) -> Game:
     """The game that the contents of a `game.tw-pddl` describe.
 
@@ -239,7 +260,7 @@ def read(data: Any, scene: int = 0) -> Game:
         isinstance(data.get(key), str) for key in ("grammar", "pddl_problem")
     ):
         raise GameError("it must be a JSON object with the texts 'grammar' and 'pddl_problem'")
-    sentence, put = _wording(data["grammar"])
+    wording = _wording(data["grammar"])
     trees = parse(data["pddl_problem"])
     if len(trees) != 1 or not isinstance(trees[0], list):
         raise GameError("its 'pddl_problem' must be one PDDL definition")
@@ -258,7 +279,7 @@ def read(data: Any, scene: int = 0) -> Game:
         scene=scene,
         room=room_of(scene),
         task=_task(section(trees[0], ":goal")),
-        sentence=sentence,
+        sentence=wording.sentence,
         receptacles=tuple(
             Receptacle(
                 name=named[name],
@@ -273,7 +294,9 @@ def read(data: Any, scene: int = 0) -> Game:
         objects=_items(found, furniture, named),
         start=pose_of(found["atLocation"][0][1]),
         holds={home: frozenset(kinds) for home, kinds in holds.items()},
-        put=put,
+        put=wording.put,
+        help=wording.help,
+        locations=_locations(found) if wording.arrives_at_locations else {},
     )
 
 
@@ -291,3 +314,28 @@ def load(path: Path) -> Game:
         return read(json.loads(path.read_text(encoding="utf-8")), scene)
     except (OSError, ValueError, RecursionError) as error:  # GameError is a ValueError
         raise GameError(f"cannot play {path}: {error}") from error
+
+
+def find(path: Path, task: str | None = None) -> list[Path]:
+    """The games at a path, in order: a file, or all below a folder that ALFWorld would play.
+
+    Args:
+        path: a `game.tw-pddl`, or a folder.
+        task: only games of this type of `TASKS`, by the names of their folders.
+
+    Raises:
+        GameError: there are none.
+    """
+    found = [path] if path.is_file() else sorted(path.rglob(GAME))
+    playable = [
+        file
+        for file in found
+        if not re.search("movable|Sliced", file.as_posix())
+        and (task is None or file.parent.parent.name.startswith(f"{task}-"))
+    ]
+    if not playable:
+        raise GameError(
+            f"no {GAME}{f' of type {task}' if task else ''} at {path} ({len(found)} others there); "
+            "give such a file or a folder of them"
+        )
+    return playable

@@ -34,7 +34,8 @@ MOST_OF_A_KIND, MOST_WANTED, MOST_INSIDE = 3, 4, 12
 """Objects of one kind, of the kind wanted (as in ALFRED), and in one receptacle."""
 
 
-def scenes(split: str, task: str) -> list[int]:
+@functools.cache
+def scenes(split: str, task: str) -> tuple[int, ...]:
     """Scenes of a split in which a task type is given.
 
     Args:
@@ -42,13 +43,13 @@ def scenes(split: str, task: str) -> list[int]:
         task: one of `TASKS`.
     """
     known = facts.load()
-    return [
+    return tuple(
         n
         for n in known.scenes
         if room_of(n) in known.rooms[task]
         and (split == "all" or (n in known.held_out) == (split == "held-out"))
         and targets(n, task)
-    ]
+    )
 
 
 @functools.cache

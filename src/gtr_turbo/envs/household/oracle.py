@@ -11,6 +11,10 @@ DONE = {"clean": "clean", "heat": "hot", "cool": "cool"}
 """Verb -> the state it leads to."""
 
 
+def _a(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
 class Advice(NamedTuple):
     """What to do next."""
 
@@ -88,7 +92,9 @@ class Oracle:
         name = self._game.objects[item].name
         seen = place in engine.here and place is not None and not engine.closed(place)
         why = (
-            f"I need the {name}, so I take it." if seen else f"I need a {self._word} and see none."
+            f"I need the {name}, so I take it."
+            if seen
+            else f"I need {_a(self._word)} and see none."
         )
         return self._use(place, Move("take", item), why)
 
@@ -101,7 +107,7 @@ class Oracle:
             for i, item in enumerate(self._game.objects)
             if item.kind == task.lamp and "toggle" in item.can and state.places[i] is not None
         ]
-        why = f"I hold the {self._game.objects[held].name} and need the {task.lamp.lower()} on."
+        why = f"The {task.lamp.lower()} must be on to look at it."
         if not lamps:
             return Advice("look", f"{why} I see no way to do it.")
         lamp = min(lamps, key=lambda i: state.places[i] not in self._engine.here)

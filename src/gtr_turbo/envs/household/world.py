@@ -111,6 +111,10 @@ class Game:
     """Kind of receptacle -> kinds of objects that may be put there."""
     put: str = "move {} to {}"
     """How an object is put down; games compiled before ALFWorld 0.4 say "put {} in/on {}"."""
+    help: bool = True
+    """There is a command `help`; older games have none."""
+    locations: Mapping[Pose, str] = field(default_factory=dict)
+    """What one is told to arrive at, "loc 7", in older games; newer ones name the receptacle."""
 
 
 @dataclass(slots=True, kw_only=True)
