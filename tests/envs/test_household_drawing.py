@@ -288,6 +288,12 @@ def test_every_object_of_a_crowd_can_be_seen(count):
         assert len(rows) > 30  # pixels
         assert rows.max() < drawing.SCENE
         assert np.ptp(columns) < 110
+    other = game(of.receptacles, [item("Mug", 90), *of.objects[1:]])
+    for names in (True, False):
+        assert not same(
+            draw(other, state([0] * count, at=0), 300, names),
+            draw(of, state([0] * count, at=0), 300, names),
+        )
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 7, 12])

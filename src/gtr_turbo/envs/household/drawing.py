@@ -151,7 +151,7 @@ def plan(
     """
     unit = size / SIZE
     width, height = (SIZE, SIZE - HEAD) if whole else (SIZE - HAND, SIZE - SCENE)
-    columns, rows = 3, 0
+    columns, rows = 2, 0
     while columns * rows < SPACE * (len(receptacles) + 1):
         columns += 1
         roomy = columns < (6 if whole else 5)
