@@ -26,7 +26,7 @@ import numpy as np
 from gtr_turbo.envs.household.engine import Engine
 from gtr_turbo.envs.household.files import export, load
 from gtr_turbo.envs.household.generator import generate
-from gtr_turbo.envs.household.oracle import Oracle
+from gtr_turbo.envs.household.oracle import Oracle, solve
 from gtr_turbo.envs.household.world import TASKS
 
 ASKING = ("look", "inventory", "help", "examine")
@@ -149,7 +149,7 @@ def main() -> None:
         paths = sorted(args.given.rglob("game.tw-pddl")) if args.given else []
         for i in range(0 if args.given else args.games):
             game = generate(rng, task=TASKS[i % len(TASKS)])
-            paths.append(export(game, Path(folder), f"{i:04d}", []))
+            paths.append(export(game, Path(folder), f"{i:04d}", solve(game)))
         real = Real() if paths else None
         for path in paths:
             assert real is not None

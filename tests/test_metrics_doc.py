@@ -14,7 +14,11 @@ from gtr_turbo.trainer import train
 from tiny import Silent, scripted, settings
 
 PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
-OTHER_ENVIRONMENTS = {"judge/arithmetic"}  # Points24; EZPoints writes no steps
+OTHER_ENVIRONMENTS = {  # Points24 (EZPoints writes no steps), Household
+    "judge/arithmetic",
+    "judge/admissible",
+    "judge/expert",
+}
 EXTERNAL = {f"external/failed_{kind}" for kind in FAULTS} | {
     f"external/{name}"
     for name in (

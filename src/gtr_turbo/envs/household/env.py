@@ -194,21 +194,28 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
 
         Returns:
             `perception`: every object that the thoughts name, "egg 2", is in view; absent if they name none.
+            `agreement`: the thoughts name all that the action names; absent if it names nothing.
             `admissible`: the action is a command of this state.
-            `agreement`: it is the expert's.
+            `expert`: it is the expert's.
         """
         game, view = self.engine.game, visible(self.engine.game, self.engine.state)
-        known = {item.name for item in game.objects}
-        named = known & set(_NAMED.findall(str(reply.get("thoughts"))[:4000].lower()))
+        items = {item.name for item in game.objects}
+        known = items | {receptacle.name for receptacle in game.receptacles}
+        action = str(reply.get("action")).strip()
+        thought_of = known & set(_NAMED.findall(str(reply.get("thoughts"))[:4000].lower()))
+        acted_on = known & set(_NAMED.findall(action[:200]))
         seen = {game.objects[i].name for place in view.here for i in place.contents}
         if view.held is not None:
             seen.add(game.objects[view.held].name)
-        action = str(reply.get("action")).strip()
         facts = {
             "admissible": action in self.engine.moves,
-            "agreement": action == self._oracle.advise().command,
+            "expert": action == self._oracle.advise().command,
         }
-        return {"perception": named <= seen, **facts} if named else facts
+        if thought_of & items:
+            facts["perception"] = thought_of & items <= seen
+        if acted_on:
+            facts["agreement"] = acted_on <= thought_of
+        return facts
 
     def demonstrate(self, rng: np.random.Generator) -> dict[str, Any]:
         """The expert's reply. It knows where everything is, but its thoughts claim only what is in view."""

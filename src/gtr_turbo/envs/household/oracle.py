@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from gtr_turbo.envs.household.engine import APPLIANCES, TREATMENTS, Engine, Move, listed
-from gtr_turbo.envs.household.world import CLEAN, COOL, HEAT, LIGHT, TWO, View, visible
+from gtr_turbo.envs.household.world import CLEAN, COOL, HEAT, LIGHT, TWO, Game, visible
 
 DONE = {"clean": "clean", "heat": "hot", "cool": "cool"}
 """Verb -> the state it leads to."""
@@ -107,10 +107,12 @@ class Oracle:
             for i, item in enumerate(self._game.objects)
             if item.kind == task.lamp and "toggle" in item.can and state.places[i] is not None
         ]
-        why = f"The {task.lamp.lower()} must be on to look at it."
-        if not lamps:
-            return Advice("look", f"{why} I see no way to do it.")
-        lamp = min(lamps, key=lambda i: state.places[i] not in self._engine.here)
+        lamp = min(lamps, key=lambda i: state.places[i] not in self._engine.here, default=None)
+        if lamp is None:
+            return Advice("look", f"I see no {task.lamp.lower()}.")
+        here = state.places[lamp] in self._engine.here
+        name = self._game.objects[lamp].name if here else task.lamp.lower()
+        why = f"The {name} must be on to look at the {self._game.objects[held].name}."
         return self._use(state.places[lamp], Move("use", lamp), why)
 
     def _get_rid(self, held: int) -> Advice:
@@ -164,18 +166,28 @@ class Oracle:
         ]
         return " ".join([*words, self._game.objects[number].name])
 
-    def sight(self) -> str:
-        """What is in view, in words."""
-        view: View = visible(self._game, self._engine.state)
-        parts = ["I am in the middle of the room."] if not view.here else []
+    def sight(self, *, compact: bool) -> str:
+        """What is in view, in words; the compact form leaves out what is in the receptacles."""
+        view = visible(self._game, self._engine.state)
+        parts = [] if view.here else ["I am in the middle of the room."]
         for seen in view.here:
             name = self._game.receptacles[seen.receptacle].name
             inside = listed(self._state(i) for i in seen.contents)
-            state = "closed" if seen.closed else f"in or on it: {inside}"
-            parts.append(f"I am at the {name}, {state}.")
+            state = ", closed" if seen.closed else "" if compact else f", in or on it: {inside}"
+            parts.append(f"I am at the {name}{state}.")
         hand = "nothing" if view.held is None else f"the {self._state(view.held)}"
         return " ".join([*parts, f"I hold {hand}."])
 
     def thoughts(self, advice: Advice, *, compact: bool) -> str:
         """The thought that leads to an advice: what is seen and held, then why."""
-        return advice.why if compact else f"{self.sight()} {advice.why}"
+        return f"{self.sight(compact=compact)} {advice.why}"
+
+
+def solve(game: Game, most: int = 50) -> list[str]:
+    """The expert's commands from the beginning to the end, at most `most`."""
+    engine, commands = Engine(game), []
+    oracle = Oracle(engine)
+    while not engine.won and len(commands) < most:
+        commands.append(oracle.advise().command)
+        engine.step(commands[-1])
+    return commands
