@@ -222,6 +222,10 @@ DAMAGED = {
         edit("pddl_problem", "(:init", "(:init (objectType o EggType) (objectType o MugType)"),
         "'o' has two types",
     ),
+    "in two receptacles": (
+        edit("pddl_problem", "(:init", "(:init (inReceptacle o a) (inReceptacle o b)"),
+        "two receptacles, which the engine does not play",
+    ),
     "a location that is none": (
         edit("pddl_problem", "(:init", "(:init (objectAtLocation o here)"),
         "'here' is not loc",
