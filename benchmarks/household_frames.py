@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/household_frames.py
 
 Random legal commands are played in generated games of all task types, in one process; the frame of every state is
-drawn once and `draw` alone is timed, in CPU time. Each game pays for its two plans; the first games of the first row
-pay for sprites and captions too.
+drawn once and `draw` alone is timed, in CPU time. Each game pays for its two plans, the first games of the first
+row for sprites and captions too.
 """
 
 import argparse

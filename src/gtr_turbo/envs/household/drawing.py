@@ -136,7 +136,7 @@ def _line(
     return write(image, (left + bottom - top + 2, (top + bottom) / 2), name, text, share=0)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def plan(
     receptacles: tuple[Receptacle, ...], start: Pose, size: int, names: bool, whole: bool
 ) -> Plan:
@@ -213,7 +213,7 @@ def _object(frame: Frame, number: int, box: Box) -> None:
     frame.image.paste(drawn, (left, top), drawn)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=64)
 def _body(
     kind: str, closed: bool, openable: bool, width: int, height: int, edge: int
 ) -> Image.Image:

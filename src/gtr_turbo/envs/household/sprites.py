@@ -161,7 +161,7 @@ def _badges(image: Image.Image, words: Sequence[str], box: Box, size: int) -> No
         write(image, middle, form, size, (255, 255, 255))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def tile(
     kind: str, name: str, badges: tuple[str, ...], width: int, height: int, size: int, names: bool
 ) -> Image.Image:
