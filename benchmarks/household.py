@@ -76,8 +76,12 @@ def ours(engine: Engine, feedback: str) -> Told:
 def next_command(rng: np.random.Generator, engine: Engine, chance: float) -> str:
     """The oracle's command; with probability `chance` one at random: its verb first, then the rest of it.
 
-    One in thirty of these is inadmissible, one in four only asks; so a walk meets many states.
+    One in thirty of these is inadmissible, one in four only asks; knives are taken and used where they can be. So a
+    walk meets many states.
     """
+    cuts = [c for c, m in engine.moves.items() if m.verb == "slice" or "knife 1 from" in c]
+    if cuts and rng.random() < 0.5:
+        return sorted(cuts)[rng.integers(len(cuts))]
     if rng.random() >= chance and not engine.won:
         return Oracle(engine).advise().command
     if rng.random() < 0.03:

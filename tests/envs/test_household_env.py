@@ -203,7 +203,7 @@ def test_given_game_files_are_played(tmp_path):
         ({"illegal": "raise"}, "illegal='raise' is not one of nothing, random"),
         ({"history": -1}, "history=-1 must be at least 0"),
         ({"size": 64}, "size=64 at least 300"),
-        ({"games": "/nowhere"}, r"no game.tw-pddl at /nowhere"),
+        ({"games": "/nowhere"}, r"no solvable game.tw-pddl at /nowhere"),
     ],
 )
 def test_a_wrong_option_is_told(options, message):

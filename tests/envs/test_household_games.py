@@ -232,7 +232,27 @@ DAMAGED = {
     ),
     "no receptacle": (
         edit("pddl_problem", "(:init", "(:init (objectType o EggType) (inReceptacle o void)"),
-        "'void', which is no receptacle",
+        "'void' has no type",
+    ),
+    "a far location": (
+        edit("pddl_problem", "(:init", "(:init (objectAtLocation o loc_bar_1_bar_2_bar_7_bar_30)"),
+        "is not loc",
+    ),
+    "a long word": (
+        edit("pddl_problem", "(:init", "(:init (openable " + "a" * 300 + ")"),
+        "a word of",
+    ),
+    "too many things": (
+        edit(
+            "pddl_problem",
+            "(:init",
+            "(:init " + "".join(f"(objectType o{i} EggType)" for i in range(1001)),
+        ),
+        "more than 1000 receptacles",
+    ),
+    "an object of no type": (
+        edit("pddl_problem", "(:init", "(:init (receptacleType r ShelfType) (inReceptacle o r)"),
+        "every receptacle must have|'o' has no type",
     ),
     "another goal": (
         edit("pddl_problem", "isClean ?o", "isSliced ?o"),
@@ -298,13 +318,16 @@ def test_states_at_the_start_are_read(tmp_path):
 
 
 def test_find_leaves_out_what_alfworld_does_not_play(tmp_path):
-    for name in (
-        "a-Egg-None-Shelf-1",
-        "pick_and_place_with_movable_recep-Egg-Mug-Shelf-1",
-        "x-AppleSliced",
+    for name, solvable in (
+        ("a-Egg-None-Shelf-1", "true"),
+        ("b-Egg-None-Shelf-1", "false"),
+        ("pick_and_place_with_movable_recep-Egg-Mug-Shelf-1", "true"),
+        ("c-AppleSliced", "true"),
     ):
         (tmp_path / name / "trial_1").mkdir(parents=True)
-        (tmp_path / name / "trial_1" / "game.tw-pddl").write_text("{}")
+        (tmp_path / name / "trial_1" / "game.tw-pddl").write_text(f'{{"solvable": {solvable}}}')
     assert [p.parent.parent.name for p in files.find(tmp_path)] == ["a-Egg-None-Shelf-1"]
-    with pytest.raises(GameError, match=r"no game.tw-pddl of type pick_two.* \(3 others"):
+    with pytest.raises(
+        GameError, match=r"no solvable game.tw-pddl of type pick_two.* \(of 4 there"
+    ):
         files.find(tmp_path, TWO)

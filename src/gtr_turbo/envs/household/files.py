@@ -30,14 +30,16 @@ from gtr_turbo.envs.household.pddl import (
 from gtr_turbo.envs.household.world import TASKS, Game, Item, Pose, Receptacle, Task, room_of
 
 GAME, PROBLEM, TRAJECTORY = "game.tw-pddl", "initial_state.pddl", "traj_data.json"
-MAX_BYTES = 4_000_000
+MAX_BYTES, MAX_THINGS = 4_000_000, 1000
 PUT, OLD_PUT = "move {} to {}", "put {} in/on {}"
 """How objects are put down, now and in games compiled before ALFWorld 0.4."""
 
 _TEMPLATE = re.compile(r'action\s+(\w+)\s*\{\s*template\s*::\s*"([^"]*)"')
-_SENTENCE = re.compile(r'"Your task is to: ([^"\\]{1,300}?)\.?"')
+_SENTENCE = re.compile(r'"Your task is to: ([^"\\\n]{1,300}?)\.?"')
 _ARRIVAL = re.compile(r"You arrive at \{(r|lend)\.name\}")
 _SCENE = re.compile(r"-(\d{1,3})/trial_[^/]*$")
+_SOLVABLE = re.compile(rb'"solvable"\s*:\s*true')
+
 # -- writing -------------------------------------------------------------------------------------
 
 
@@ -185,9 +187,7 @@ def _wording(grammar: str) -> _Wording:
     Raises:
         GameError: its commands are not those of any ALFWorld.
     """
-    ours, theirs = (
-        dict(_TEMPLATE.findall(text)) for text in (facts.load().grammar, grammar[:MAX_BYTES])
-    )
+    ours, theirs = (dict(_TEMPLATE.findall(text)) for text in (facts.load().grammar, grammar))
     put = theirs.get("PutObject", "").replace("{o}", "{}").replace("{r}", "{}")
     sentence, arrival = _SENTENCE.search(grammar), _ARRIVAL.search(grammar)
     for action in ("PutObject", "PutEmptyReceptacleObjectinReceptacle"):
@@ -211,8 +211,8 @@ def _items(
     kinds = one(found["objectType"], "types")
     homes = one(found["inReceptacle"], "receptacles, which the engine does not play")
     ids = sorted(kinds, key=naming.order)
-    if lost := set(homes.values()) - set(furniture):
-        raise GameError(f"objects are in {sorted(lost)[0][:80]!r}, which is no receptacle")
+    if lost := (set(homes.values()) - set(furniture)) | (set(homes) - set(kinds)):
+        raise GameError(f"an object is in a receptacle, but {min(lost)[:80]!r} has no type")
     spots: dict[str, set[Pose]] = defaultdict(set)
     for name, where in found["objectAtLocation"]:
         spots[name].add(pose_of(where))
@@ -270,7 +270,10 @@ def read(data: Any, scene: int = 0) -> Game:
     furniture = sorted(kinds, key=naming.order)
     if not furniture or set(poses) != set(kinds) or len(found["atLocation"]) != 1:
         raise GameError("every receptacle must have a type and a location, the agent one location")
-    named = naming.names([*furniture, *(name for name, _ in found["objectType"])])
+    things = {name for fact in ("objectType", "objectAtLocation") for name, _ in found[fact]}
+    if len(things) + len(furniture) > MAX_THINGS:
+        raise GameError(f"it has more than {MAX_THINGS} receptacles and objects")
+    named = naming.names([*furniture, *things])
     openable, opened = ({name for (name,) in found[fact]} for fact in ("openable", "opened"))
     holds: dict[str, set[str]] = defaultdict(set)
     for home, kind in found["canContain"]:
@@ -317,10 +320,12 @@ def load(path: Path) -> Game:
 
 
 def find(path: Path, task: str | None = None) -> list[Path]:
-    """The games at a path, in order: a file, or all below a folder that ALFWorld would play.
+    """The games at a path, in order: those that ALFWorld would play.
+
+    Left out are movable receptacles, sliced objects, and games that are not marked as solvable.
 
     Args:
-        path: a `game.tw-pddl`, or a folder.
+        path: a `game.tw-pddl`, or a folder of them.
         task: only games of this type of `TASKS`, by the names of their folders.
 
     Raises:
@@ -332,10 +337,11 @@ def find(path: Path, task: str | None = None) -> list[Path]:
         for file in found
         if not re.search("movable|Sliced", file.as_posix())
         and (task is None or file.parent.parent.name.startswith(f"{task}-"))
+        and _SOLVABLE.search(file.read_bytes())
     ]
     if not playable:
         raise GameError(
-            f"no {GAME}{f' of type {task}' if task else ''} at {path} ({len(found)} others there); "
+            f"no solvable {GAME}{f' of type {task}' if task else ''} at {path} (of {len(found)} there); "
             "give such a file or a folder of them"
         )
     return playable

@@ -7,10 +7,8 @@ import functools
 import numpy as np
 
 from gtr_turbo.envs.household import facts, naming
+from gtr_turbo.envs.household.engine import APPLIANCES, TREATMENTS
 from gtr_turbo.envs.household.world import (
-    CLEAN,
-    COOL,
-    HEAT,
     LIGHT,
     TASKS,
     TWO,
@@ -28,8 +26,6 @@ ROOM_FOR_ONE = frozenset(
     {"CoffeeMachine", "HandTowelHolder", "Toaster", "ToiletPaperHanger", "TowelHolder"}
 )
 """Receptacles that two objects are never asked to be put in."""
-APPLIANCE = {CLEAN: "SinkBasin", HEAT: "Microwave", COOL: "Fridge"}
-VERB = {CLEAN: "clean", HEAT: "heat", COOL: "cool"}
 MOST_OF_A_KIND, MOST_WANTED, MOST_INSIDE = 3, 4, 12
 """Objects of one kind, of the kind wanted (as in ALFRED), and in one receptacle."""
 
@@ -56,21 +52,21 @@ def scenes(split: str, task: str) -> tuple[int, ...]:
 def targets(scene: int, task: str) -> tuple[Task, ...]:
     """All goals of a task type in a scene: the object can be there, and not only where it is wanted."""
     known, room = facts.load(), facts.load().scenes[scene]
-    if task == LIGHT and not room.kinds & set(LAMP_STANDS):
-        return ()
-    if task in APPLIANCE and APPLIANCE[task] not in room.kinds:
+    verb = TREATMENTS.get(task, "")
+    appliance = APPLIANCES.get(verb, "")
+    lampless = task == LIGHT and not room.kinds & set(LAMP_STANDS)
+    if lampless or (verb and appliance not in room.kinds):
         return ()
     found = []
     for kind in room.objects:
         homes = [r for r in sorted(room.kinds) if kind in known.holds.get(r, ())]
-        if kind == LAMP or (task in VERB and kind not in known.can[VERB[task]]) or not homes:
+        if kind == LAMP or not homes or (verb and kind not in known.can[verb]):
             continue
         if task == LIGHT:
             found.append(Task(type=task, object=kind, lamp=LAMP))
-        for home in homes:
-            only = len(homes) == 1 or home == APPLIANCE.get(task)
-            if task != LIGHT and not only and not (task == TWO and home in ROOM_FOR_ONE):
-                found.append(Task(type=task, object=kind, receptacle=home))
+        elif len(homes) > 1:
+            unfit = ROOM_FOR_ONE if task == TWO else {appliance}
+            found += [Task(type=task, object=kind, receptacle=r) for r in homes if r not in unfit]
     return tuple(found)
 
 

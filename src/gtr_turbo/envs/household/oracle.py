@@ -1,4 +1,4 @@
-"""An expert that knows where everything is: the next command in constant time, and the thought behind it."""
+"""An expert that knows where everything is: its next command, without a search, and the thought behind it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Oracle:
         self._word = task.object.lower()
 
     def advise(self) -> Advice:
-        """The next command of a shortest way to the goal from here; `look` if there is no way."""
+        """The next command of a short way to the goal from here; `look` if there is no way."""
         held = self._engine.state.held
         if held is not None and held not in self._wanted:
             return self._get_rid(held)
@@ -88,15 +88,12 @@ class Oracle:
         if not free:
             return Advice("look", f"I see no {self._word}.")
         item = min(free, key=cost)
-        place = places[item]
-        name = self._game.objects[item].name
-        seen = place in engine.here and place is not None and not engine.closed(place)
-        why = (
-            f"I need the {name}, so I take it."
-            if seen
-            else f"I need {_a(self._word)} and see none."
-        )
-        return self._use(place, Move("take", item), why)
+        why = f"I need the {self._game.objects[item].name}, so I take it."
+        if not self._sees(item):
+            another = any(map(self._sees, self._wanted))
+            why = f"I need {_a(self._word)} and see none."
+            why = f"I need another {self._word}." if another else why
+        return self._use(places[item], Move("take", item), why)
 
     def _shine(self, held: int | None) -> Advice:
         if held is None:
@@ -127,6 +124,11 @@ class Oracle:
         return self._use(place, Move("put", held), why)
 
     # -- what it knows -------------------------------------------------------------------------
+
+    def _sees(self, item: int) -> bool:
+        """True if an object is in a receptacle here that is not closed."""
+        place = self._engine.state.places[item]
+        return place is not None and place in self._engine.here and not self._engine.closed(place)
 
     def _treated(self) -> set[int]:
         state = self._engine.state

@@ -9,7 +9,7 @@ from gtr_turbo.envs.contract import ContractError
 from gtr_turbo.envs.household import naming
 from gtr_turbo.envs.household.world import Pose
 
-MAX_DEPTH = 50
+MAX_DEPTH, MAX_WORD, MAX_COORDINATE = 50, 200, 10_000
 CAN = {
     "pickupable": "pickup",
     "cleanable": "clean",
@@ -42,6 +42,7 @@ PAIRS = (
 IGNORED = ("wasInReceptacle", "checked", "examined", "isOn", "moveable", "full", "=")
 """Facts that no command and no feedback depends on."""
 _ARITY = {**dict.fromkeys((*CAN, *STATED, "openable", "opened"), 1), **dict.fromkeys(PAIRS, 2)}
+_INTEGER = re.compile(r"-?[0-9]{1,9}")
 _TOKEN = re.compile(r"[()]|[^\s()]+")
 
 
@@ -57,7 +58,7 @@ def parse(text: str) -> Tree:
     """Read a PDDL expression.
 
     Raises:
-        GameError: brackets do not match, or it is nested deeper than `MAX_DEPTH`.
+        GameError: brackets do not match, it is nested too deep, or a word is too long.
     """
     stack: list[Tree] = [[]]
     for token in _TOKEN.findall(re.sub(r";[^\n]*", "", text)):
@@ -70,6 +71,8 @@ def parse(text: str) -> Tree:
                 raise GameError("the PDDL problem closes a bracket that it did not open")
             done = stack.pop()
             stack[-1].append(done)
+        elif len(token) > MAX_WORD:
+            raise GameError(f"the PDDL problem has a word of more than {MAX_WORD} characters")
         else:
             stack[-1].append(token)
     if len(stack) != 1:
@@ -116,10 +119,10 @@ def place(pose: Pose) -> str:
 def pose_of(name: str) -> Pose:
     """The pose that a PDDL name of a location says."""
     text = name.replace("_minus_", "-").replace("_plus_", "+").replace("_bar_", "|")
-    try:
-        x, z, rotation, horizon = map(int, text.split("|")[1:])
-    except ValueError:
-        raise GameError(f"location {name[:80]!r} is not loc|x|z|rotation|horizon") from None
+    numbers = [int(word) for word in text.split("|")[1:] if _INTEGER.fullmatch(word)]
+    if len(numbers) != 4 or not 0 <= numbers[2] <= 3 or max(map(abs, numbers)) > MAX_COORDINATE:
+        raise GameError(f"location {name[:80]!r} is not loc|x|z|rotation 0-3|horizon")
+    x, z, rotation, horizon = numbers
     return Pose(x, z, 90 * rotation, horizon)
 
 
