@@ -187,7 +187,8 @@ class Oracle:
 
 def solve(game: Game, most: int = 50) -> list[str]:
     """The expert's commands from the beginning to the end, at most `most`."""
-    engine, commands = Engine(game), []
+    engine = Engine(game)
+    commands: list[str] = []
     oracle = Oracle(engine)
     while not engine.won and len(commands) < most:
         commands.append(oracle.advise().command)
