@@ -14,7 +14,11 @@ from gtr_turbo.trainer import train
 from tiny import Silent, scripted, settings
 
 PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
-OTHER_ENVIRONMENTS = {"judge/arithmetic"}  # Points24; EZPoints writes no steps
+OTHER_ENVIRONMENTS = {  # Points24 (EZPoints writes no steps), Household
+    "judge/arithmetic",
+    "judge/admissible",
+    "judge/expert",
+}
 EXTERNAL = {f"external/failed_{kind}" for kind in FAULTS} | {
     f"external/{name}"
     for name in (
@@ -75,12 +79,17 @@ def test_every_name_is_documented_once_and_logged(run):
         assert set(evaluation) == set(names["An evaluation"])
 
 
-def test_the_fact_of_another_environment_exists():
-    env = make_env("Points24", granularity="reduction", prompt="compact", solvable_only=True)
-    env.reset(seed=0)
-    reply = env.unwrapped.demonstrate(np.random.default_rng(0))
-    facts = env.unwrapped.judge(reply)
-    assert {f"judge/{name}" for name in facts} >= OTHER_ENVIRONMENTS
+def test_the_facts_of_other_environments_exist():
+    facts = set()
+    for name, options in (
+        ("Points24", {"granularity": "reduction", "solvable_only": True}),
+        ("Household", {}),
+    ):
+        env = make_env(name, prompt="compact", **options)
+        env.reset(seed=0)
+        reply = env.unwrapped.demonstrate(np.random.default_rng(0))
+        facts |= {f"judge/{fact}" for fact in env.unwrapped.judge(reply)}
+    assert facts >= OTHER_ENVIRONMENTS
 
 
 def test_without_guidance_and_monitor_the_kl_is_absent(tiny, tmp_path, monkeypatch):

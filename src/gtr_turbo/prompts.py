@@ -135,3 +135,34 @@ def points_formula(goal: int, cards: Sequence[str]) -> str:
             "action": '"{the formula}"',
         }
     )
+
+
+def household(
+    task: str, history: Sequence[str], actions: Sequence[str], description: str = ""
+) -> str:
+    """The household tasks, as published: the task, the past actions, the admissible ones.
+
+    Args:
+        task: what is to be done, without a full stop.
+        history: past actions, the oldest first.
+        actions: the admissible ones.
+        description: what the text engine told; the published prompt has none (visual only).
+    """
+    scene = (
+        f"You are also given the following text description of the current scene: {description!r}. "
+        if description
+        else ""
+    )
+    listed = "\n ".join(f"'{action}'" for action in actions)
+    return (
+        f"You are an expert in the ALFRED Embodied Environment. Your task is to {task}. {scene}"
+        f"You are also given the previous actions you have taken: {list(history)}. "
+        f"Your admissible actions of the current situation are: [{listed}]. "
+    ) + reply_format(
+        {
+            "thoughts": '"{first describe what do you see in the image, then carefully think about which '
+            "action to complete the task based on your observation, action history and admissible "
+            'actions.}"',
+            "action": '"{an admissible action}"',
+        }
+    )
