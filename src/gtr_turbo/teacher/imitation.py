@@ -159,6 +159,7 @@ class Memory:
         self.targets: list[Target] = []
         self._frames: dict[str, bytes] = {}
         self._seen: dict[tuple[str, str], Observed] = {}
+        self._features: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -176,8 +177,7 @@ class Memory:
             name = self._keep_frame(turn.observed.frame)
             target = Target(frame=name, prompt=turn.prompt, response_ids=ids, thought_tokens=count)
             self.targets.append(target)
-            if _small(turn.observed):
-                self._seen[name, turn.prompt] = turn.observed
+            self._remember(name, turn.prompt, turn.observed)
             lines.append(
                 json.dumps(
                     {
@@ -205,6 +205,15 @@ class Memory:
                 _write(path, stream.getvalue())
         return name
 
+    def _remember(self, name: str, prompt: str, observed: Observed) -> None:
+        """Keep an observation without its frame; turns with one frame share its features."""
+        if _small(observed):
+            assert observed.features is not None
+            features = self._features.setdefault(name, observed.features)
+            self._seen[name, prompt] = replace(
+                observed, frame=observed.frame[:0].copy(), features=features
+            )
+
     def _forget(self) -> None:
         """Drop the oldest targets beyond the limit, and frames that nothing shows any more."""
         if not self._limit or len(self.targets) <= self._limit:
@@ -213,6 +222,7 @@ class Memory:
         shown = {target.frame for target in self.targets}
         self._frames = {name: png for name, png in self._frames.items() if name in shown}
         self._seen = {key: seen for key, seen in self._seen.items() if key[0] in shown}
+        self._features = {name: kept for name, kept in self._features.items() if name in shown}
 
     def restore(self, update: int) -> None:
         """Take up the files of the updates up to `update`; later ones are removed.
@@ -258,7 +268,8 @@ class Memory:
             frames = [np.asarray(Image.open(io.BytesIO(self._frames[f]))) for f, _ in missing]
             observed = policy.observe(frames, [prompt for _, prompt in missing])
             fresh = dict(zip(missing, observed, strict=True))
-            self._seen |= {key: seen for key, seen in fresh.items() if _small(seen)}
+            for (name, prompt), seen in fresh.items():
+                self._remember(name, prompt, seen)
         keys = [(target.frame, target.prompt) for target in chosen]
         return [fresh[key] if key in fresh else self._seen[key] for key in keys], chosen
 
