@@ -20,7 +20,7 @@ GUIDANCE = "guidance=none,static,sft,kl"
 STRESS = ["points24-token-stress", "--eval.episodes", "300", "--eval.extra_splits", "[]"]
 STUDIES: dict[str, list[str]] = {
     # which guidance, where RL alone loses its thoughts, and where it does not
-    "stress": [*STRESS, "--vary", GUIDANCE, "--seeds", "3", "--eval.interval", "10"],
+    "stress": [*STRESS, "--vary", GUIDANCE, "--seeds", "5", "--eval.interval", "10"],
     "points24": ["points24", "--vary", GUIDANCE, "--seeds", "5", "--eval.interval", "10"],
     "ezpoints": ["ezpoints", "--vary", GUIDANCE, "--seeds", "5", "--eval.interval", "5"],
     # the published ablations
