@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -220,6 +221,8 @@ def test_the_numbers_are_those_of_the_runs(made):
     gap = kl["differences"]["after/held-out/student"]
     assert gap["mean"] == pytest.approx(0.2)
     assert (gap["pairs"], gap["above"], gap["below"]) == (3, 3, 0)
+    page = (made / "report.html").read_text()
+    assert re.search(r'"above": ?3, ?"below": ?0, ?"pairs": ?3', page)
     # gaps 0.1, 0.1, 0.4: deviation 0.1 sqrt(3), error 0.1, t(2) = 4.302653
     assert gap["t_interval"] == pytest.approx([0.2 - 0.4302653, 0.2 + 0.4302653])
     merge = kl["estimates"]["after/held-out/merge_minus_student"]

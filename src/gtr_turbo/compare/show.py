@@ -245,7 +245,12 @@ def _panel(
                 "runs": number.runs if number else 0,
                 **_numbers(number, measure),
                 "difference": gap
-                and {"above": gap.above, "pairs": gap.pairs, **_numbers(gap, measure)},
+                and {
+                    "above": gap.above,
+                    "below": gap.below,
+                    "pairs": gap.pairs,
+                    **_numbers(gap, measure),
+                },
             }
             for result in results
             for number, gap in [(result.estimates.get(name), result.differences.get(name))]
