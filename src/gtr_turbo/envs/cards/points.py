@@ -215,9 +215,8 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
     @property
     def field_schemas(self) -> dict[str, Any]:
         """`cards` is a list, of values in the compact form and of ranks in the published one."""
-        return {
-            "cards": {"type": "array", "items": {"type": "integer" if self._compact else "string"}}
-        }
+        kind = "integer" if self._compact else "string"
+        return {"cards": {"type": "array", "items": {"type": kind}}}
 
     @property
     def tools(self) -> tuple[Tool, ...]:
