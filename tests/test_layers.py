@@ -22,6 +22,7 @@ LAYERS = (
     ("policy", "envs"),
     ("learning.advantages",),
     ("turns", "prompts", "parsing", "learning.losses", "merging", "signals"),
+    ("distributed",),
     ("sft_config",),
     ("config",),
     ("teaching_config",),

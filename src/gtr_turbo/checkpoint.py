@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gtr_turbo.distributed.sharding import full, is_sharded, local, shard_of
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.teacher.history import History
 
@@ -88,20 +89,29 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     state = optimizer.state_dict()["state"]
-    return {
-        f"{i}.{key}": value.contiguous()
-        for i, entry in state.items()
-        for key, value in entry.items()
-    }
+    return ((f"{i}.{key}", value) for i, entry in state.items() for key, value in entry.items())
+
+
+def _collected(tensors: Iterable[tuple[str, Tensor]], policy: Policy) -> dict[str, Tensor]:
+    """Whole tensors, on the first rank; the others give their parts of what is sharded."""
+    found = {}
+    for name, tensor in tensors:
+        everything = full(tensor.detach())
+        if policy.ranks.first:
+            found[name] = (everything.cpu() if is_sharded(tensor) else everything).contiguous()
+    return found
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
+        number, _, key = name.partition(".")
+        like = parameters[int(number)]
+        part = shard_of(tensor, like) if tensor.shape == like.shape else tensor
+        state.setdefault(int(number), {})[key] = part
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -123,28 +133,35 @@ def save(
 ) -> Path:
     """Write checkpoint number `state["update"]`, then drop all but the newest `keep`.
 
-    It is written aside and renamed, so a crash or a full disk leaves the older ones as they were.
+    All ranks must call it; the first writes. It is written aside and renamed, so a crash or a full disk leaves
+    the older ones as they were.
 
     Raises:
         OSError: the disk is full, or the folder not writable; the half-written part is removed.
     """
     target = run / "checkpoints" / f"{state['update']:06d}"
     part = target.with_name(f".{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    first = policy.ranks.first
+    trained = _collected(policy.trained().items(), policy)
+    moments = _collected(_optimizer_tensors(optimizer), policy)
+    # a teacher older than the history cannot be merged again
+    teacher = policy.teacher_state() if state["teacher_age"] else None
+    if first:
+        shutil.rmtree(part, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
+        if first:
+            part.mkdir(parents=True)
         policy.save_student(part / "student")
         policy.save_teacher(part / "teacher")
-        trained = {name: tensor.detach().contiguous() for name, tensor in policy.trained().items()}
+        if not first:
+            return target
         # the folders above are for others; these are the exact bits a resumed run goes on from
         save_file(trained, part / "trained.safetensors")
         save_file(policy.value_head.state_dict(), part / "value_head.safetensors")
-        save_file(_optimizer_tensors(optimizer), part / "optimizer.safetensors")
+        save_file(moments, part / "optimizer.safetensors")
         save_file(history.state(), part / "history.safetensors")
-        if state[
-            "teacher_age"
-        ]:  # the teacher is older than the history, so it cannot be merged again
-            save_file(policy.teacher_state(), part / "teacher.safetensors")
+        if teacher is not None:
+            save_file(teacher, part / "teacher.safetensors")
         files = {f.name: f.stat().st_size for f in sorted(part.glob("*.safetensors"))}
         write_atomically(
             part / "state.json", json.dumps({"format": FORMAT, "files": files, **state}, indent=1)
@@ -191,7 +208,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 def load(
     folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, history: History, start: str
 ) -> dict[str, Any]:
-    """Restore everything `save` wrote; returns the state.
+    """Restore everything `save` wrote; returns the state. All ranks must call it, and see the folder.
 
     Args:
         folder: the checkpoint.
@@ -213,22 +230,24 @@ def load(
         trained = load_file(folder / "trained.safetensors")
         value_head = load_file(folder / "value_head.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
-        sums = load_file(folder / "history.safetensors")
+        sums = load_file(folder / "history.safetensors") if policy.ranks.first else {}
         parameters = policy.trained()
         if set(trained) != set(parameters):
             raise KeyError(f"trained tensors differ: {sorted(set(trained) ^ set(parameters))[:3]}")
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(trained[name])
+                local(parameter).copy_(local(shard_of(trained[name], parameter)))
         policy.value_head.load_state_dict(value_head)
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"checkpoint {folder} is damaged or of another run: {error}"
         ) from error
     _load_optimizer(optimizer, moments)
-    history.load_state(sums)
+    if policy.ranks.first:
+        history.load_state(sums)
     if state["teacher_age"]:
         policy.load_teacher_state(load_file(folder / "teacher.safetensors"))
     else:
-        policy.load_teacher(history.merge())
+        merged = history.merge() if policy.ranks.first else {}
+        policy.load_teacher(policy.ranks.spread(merged))
     return state

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from gtr_turbo.commands import (
     run_sft,
     run_train,
 )
+from gtr_turbo.distributed.launch import launch, speaks, tell
 from gtr_turbo.settings import SFT_CONFIGS, config_names
 
 DOTTED = "Any setting can be given as --group.name VALUE; --print_config lists them all."
@@ -237,18 +237,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = _parser().parse_known_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        _meet(options.command)
         return int(options.run_command(options, rest))
     except KeyboardInterrupt as interrupt:
-        print(f"\ninterrupted ({str(interrupt) or 'Ctrl-C'}).{_go_on(options)}", file=sys.stderr)
+        tell(f"\ninterrupted ({str(interrupt) or 'Ctrl-C'}).{_go_on(options)}")
         return 130
     except ConfigError as error:
-        print(f"gtr-turbo: {error}", file=sys.stderr)
+        tell(f"gtr-turbo: {error}")
         return 2
     except OSError as error:
-        print(f"gtr-turbo: {error}", file=sys.stderr)
+        tell(f"gtr-turbo: {error}")
         return 1
     except Exception as error:
         return _failed(error)
+
+
+def _meet(command: str) -> None:
+    """Get in touch with the other ranks, if torchrun has started several.
+
+    Raises:
+        ConfigError: the command is for one process.
+    """
+    place = launch()
+    if place.world == 1:
+        return
+    if command != "train":
+        raise ConfigError(
+            f"{command} runs in one process (WORLD_SIZE={place.world}); start it plainly"
+        )
+    from gtr_turbo.distributed.ranks import connect
+
+    connect(place)
 
 
 def _go_on(options: argparse.Namespace) -> str:
@@ -266,16 +285,19 @@ def _failed(error: Exception) -> int:
     from gtr_turbo.report import ReportError
 
     if isinstance(error, (MergeError, ReportError)):
-        print(f"gtr-turbo: {error}", file=sys.stderr)
+        tell(f"gtr-turbo: {error}")
         return 2
     from gtr_turbo.checkpoint import CheckpointError
+    from gtr_turbo.distributed.ranks import LostContact
     from gtr_turbo.envs import ContractError
     from gtr_turbo.learning.update import TrainingError
 
     if isinstance(error, (CheckpointError, ContractError)):
-        print(f"gtr-turbo: {error}", file=sys.stderr)
+        tell(f"gtr-turbo: {error}")
         return 2
-    if isinstance(error, (TrainingError, FloatingPointError)):
-        print(f"gtr-turbo: {error}", file=sys.stderr)
+    if isinstance(error, (TrainingError, FloatingPointError, LostContact)):
+        tell(f"gtr-turbo: {error}")
         return 1
+    if not speaks():
+        return 1  # another rank has told, and this is what its end did to us
     raise error

@@ -47,9 +47,10 @@ class Outcome:
 
 
 class Envs:
-    """N environments side by side, in one process.
+    """Environments side by side, in one process; they are known here by their place, from 0.
 
     Attributes:
+        first: number in the run of the first of them.
         fields: JSON keys a reply must have.
         field_schemas: JSON schemas of those that are no strings.
         tools: what a corrector of thoughts may call.
@@ -58,8 +59,14 @@ class Envs:
     """
 
     def __init__(
-        self, config: EnvConfig, split: str | None, seed: int, count: int | None = None
+        self,
+        config: EnvConfig,
+        split: str | None,
+        seed: int,
+        count: int | None = None,
+        first: int = 0,
     ) -> None:
+        """Make `count` of the run's environments, from number `first` on; without a count all."""
         options = dict(config.options) if split is None else {**config.options, "split": split}
         self._envs = [make_env(config.id, **options) for _ in range(count or config.num_envs)]
         check_env(self._envs[0], episodes=1)
@@ -67,7 +74,7 @@ class Envs:
         self.fields: Sequence[str] = fields
         self.field_schemas: Mapping[str, Any] = attribute(self._envs[0], "field_schemas") or {}
         self.tools: Sequence[Tool] = attribute(self._envs[0], "tools") or ()
-        self._seed = seed
+        self._seed, self.first = seed, first
         self.episodes = [-1] * len(self._envs)
         self.observations: list[Mapping[str, Any]] = [{}] * len(self._envs)
         self.infos: list[Mapping[str, Any]] = [{}] * len(self._envs)
@@ -85,7 +92,7 @@ class Envs:
     def reset(self, i: int, episode: int, seed: int | None = None) -> None:
         """Begin episode number `episode` of environment `i`."""
         self.episodes[i], self.actions[i], self._returns[i] = episode, [], 0.0
-        seed = stream(self._seed, 0, i, episode) % 2**31 if seed is None else seed
+        seed = stream(self._seed, 0, self.first + i, episode) % 2**31 if seed is None else seed
         self.observations[i], self.infos[i] = self._envs[i].reset(seed=seed)
 
     def step(self, i: int, action: str) -> Outcome:
@@ -169,7 +176,7 @@ def play(
             terminated=outcome.terminated,
             truncated=outcome.truncated,
             next_value=0.0,
-            env_index=i,
+            env_index=envs.first + i,
             episode=envs.episodes[i],
             step=step,
             success=outcome.success,
@@ -196,9 +203,9 @@ def collect(
     steps: list[list[tuple[Turn, Mapping[str, Any]]]] = []
     for _ in range(rollout.turns_per_env):
         steps.append(play(envs, rows, policy, sampling, rollout, generator))
-        for turn, _ in steps[-1]:
+        for i, (turn, _) in enumerate(steps[-1]):
             if turn.done:
-                envs.reset(turn.env_index, turn.episode + 1)
+                envs.reset(i, turn.episode + 1)
     # values of what lies beyond: the last observations, and those at which episodes were cut
     cut = {
         (t, i): after

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gtr_turbo import trackers
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import EnvConfig, TrainConfig
+from gtr_turbo.distributed.launch import Launch, launch
 from gtr_turbo.settings import (
     SFT_CONFIGS,
     build_config,
@@ -26,6 +27,7 @@ from gtr_turbo.settings import (
 from gtr_turbo.sft_config import SFTConfig
 
 if TYPE_CHECKING:
+    from gtr_turbo.distributed.ranks import Ranks
     from gtr_turbo.policy.model import Policy
 
 DEFAULT_CONFIG = "ezpoints"
@@ -44,6 +46,8 @@ def _new_run(config: TrainConfig) -> Path:
 
 def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Train an agent."""
+    place = launch()
+    options.resume = options.resume or _goes_on(options, place)
     over = read_overrides(rest)
     for key in ("run", "seed"):
         if getattr(options, key) is not None:
@@ -64,13 +68,45 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
         settings.setdefault("name", source.stem)
     config: TrainConfig = build_config(TrainConfig, with_overrides(settings, over))
     if options.print_config:
-        print(dump_config(config), end="")
+        if place.rank == 0:
+            print(dump_config(config), end="")
         return 0
+    config.check_world(place.world)
     if config.guidance.kind == "external":
         config.guidance.external.key()  # before there is a run folder
     trackers.chosen(config)
-    run = _new_run(config)
-    config = replace(config, run=str(run))
+    from gtr_turbo.distributed.ranks import join
+    from gtr_turbo.trainer import Unseen, train
+
+    with join(place, config.model.device, config.distributed.timeout_s) as ranks:
+        run = Path(ranks.from_first(str(_new_run(config))))
+        config = replace(config, run=str(run))
+        if ranks.first:
+            _train_shown(config, run, options, ranks)
+        else:
+            train(config, run, Unseen(), resume=options.resume, ranks=ranks)
+    return 0
+
+
+def _goes_on(options: argparse.Namespace, place: Launch) -> bool:
+    """Whether torchrun has started the job again, so that it goes on from its checkpoint if it has one.
+
+    Raises:
+        ConfigError: it may do so, and could not find the run folder then.
+    """
+    if place.max_restarts and not options.run:
+        raise ConfigError(
+            "torchrun --max-restarts needs --run DIR, or a restarted job could not find its checkpoint"
+        )
+    if not place.restarts:
+        return False
+    from gtr_turbo import checkpoint
+
+    return bool(checkpoint.folders(Path(options.run)))
+
+
+def _train_shown(config: TrainConfig, run: Path, options: argparse.Namespace, ranks: Ranks) -> None:
+    """Train as the process that has the run folder and the terminal."""
     from gtr_turbo import checkpoint
     from gtr_turbo.terminal import TerminalView, show_summary
     from gtr_turbo.trainer import train
@@ -86,9 +122,8 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
             )
         checkpoint.write_atomically(run / "config.yaml", dump_config(config))
         with TerminalView() as view:
-            summary = train(config, run, view, resume=options.resume)
+            summary = train(config, run, view, resume=options.resume, ranks=ranks)
         show_summary(view.console, summary)
-    return 0
 
 
 def run_sft(options: argparse.Namespace, rest: Sequence[str]) -> int:

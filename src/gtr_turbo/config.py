@@ -224,6 +224,21 @@ class SaveConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """Several ranks, which torchrun starts (docs/distributed.md)."""
+
+    _prefix = "distributed."
+
+    shard: bool = False
+    """FSDP2: each rank keeps a part of the weights, gradients and Adam's moments; false: all of them (DDP)."""
+    timeout_s: float = 1800.0
+    """Longest wait for another rank: it must outlast an evaluation, a merge, and the writing of a checkpoint."""
+
+    def __post_init__(self) -> None:
+        positive(self, "timeout_s")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run."""
 
@@ -250,6 +265,7 @@ class TrainConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         positive(self, "env_steps", "threads")
@@ -267,6 +283,28 @@ class TrainConfig:
             )
         if self.guidance.credit == "token" and self.ppo.ratio != "token":
             raise ConfigError("guidance.credit='token' needs ppo.ratio='token', got 'sequence'")
+
+    def check_world(self, world: int) -> None:
+        """Refuse settings that cannot be with so many ranks.
+
+        Raises:
+            ConfigError: which setting it is.
+        """
+        if world == 1 and self.distributed.shard:
+            raise ConfigError(
+                "distributed.shard=true needs several ranks: start with torchrun --nproc-per-node N -m "
+                "gtr_turbo train, or set distributed.shard to false"
+            )
+        if self.env.num_envs % world:
+            raise ConfigError(
+                f"env.num_envs={self.env.num_envs} is the number over all ranks, so the {world} ranks must "
+                "divide it"
+            )
+        if world > 1 and self.guidance.kind in ("sft", "external"):
+            raise ConfigError(
+                f"guidance.kind={self.guidance.kind!r} trains in one process only: its collection of thoughts "
+                "is not shared among ranks; start without torchrun, or take guidance.kind kl"
+            )
 
     @property
     def turns_per_update(self) -> int:

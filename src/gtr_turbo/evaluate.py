@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -82,11 +82,11 @@ def evaluate(
     """Play fixed episodes with the weights in place.
 
     Episode number j has the seed `stream(seed, EVALUATION, j)`: the same deals for every model, whatever
-    the number of environments.
+    the number of environments and of ranks. Ranks share the episodes; all get the result.
 
     Args:
         policy: call inside `policy.as_teacher()` to evaluate the teacher.
-        env: the environment; `num_envs` episodes are played side by side.
+        env: the environment; `num_envs` episodes are played side by side, over all ranks.
         sampling: temperature is the policy's own.
         episodes: how many.
         split: the environment's `split`, or None.
@@ -94,10 +94,44 @@ def evaluate(
         greedy: take the likeliest token.
         on_episode: told how many episodes are done.
     """
-    rollout = RolloutConfig()
-    envs = Envs(env, split, seed, count=min(env.num_envs, episodes))
-    generator = torch.Generator().manual_seed(stream(seed, EVALUATION))
-    waiting = list(range(episodes))[::-1]
+    ranks = policy.ranks
+    own = range(ranks.rank, episodes, ranks.world)
+    with policy.whole():
+        records, facts = _play_episodes(
+            policy, env, sampling, own, split=split, seed=seed, greedy=greedy,
+            on_episode=lambda done: on_episode and on_episode(min(episodes, done * ranks.world)),
+        )  # fmt: skip
+    if ranks.world > 1:
+        records = [
+            Episode(**r) for part in ranks.gather([asdict(r) for r in records]) for r in part
+        ]
+    parts = ranks.gather(facts)
+    means = {}
+    for name in sorted({name for part in parts for name in part}):
+        pairs = [part[name] for part in parts if name in part]
+        means[name] = sum(total for total, _ in pairs) / sum(count for _, count in pairs)
+    return Evaluation(records=tuple(sorted(records, key=lambda r: r.number)), facts=means)
+
+
+def _play_episodes(
+    policy: Policy,
+    env: EnvConfig,
+    sampling: SamplingConfig,
+    own: Sequence[int],
+    *,
+    split: str | None,
+    seed: int,
+    greedy: bool,
+    on_episode: Callable[[int], object],
+) -> tuple[list[Episode], dict[str, list[float]]]:
+    """Play the episodes with the numbers `own`; returns them, and of each fact its [sum, count]."""
+    if not own:
+        return [], {}
+    ranks, rollout = policy.ranks, RolloutConfig()
+    envs = Envs(env, split, seed, count=min(max(1, env.num_envs // ranks.world), len(own)))
+    path = (0, *ranks.own_stream) if ranks.own_stream else ()
+    generator = torch.Generator().manual_seed(stream(seed, EVALUATION, *path))
+    waiting = list(own)[::-1]
     playing: dict[int, list[Turn]] = {}
     numbers: dict[int, int] = {}
 
@@ -108,27 +142,24 @@ def evaluate(
 
     for i in range(len(envs)):
         begin(i)
-    records, facts = [], []
+    records: list[Episode] = []
+    facts: dict[str, list[float]] = {}
     while playing:
         for turn, _ in play(
             envs, list(playing), policy, sampling, rollout, generator, greedy=greedy
         ):
             i = turn.env_index
             playing[i].append(turn)
-            facts.append(turn.facts)
+            for name, fact in turn.facts.items():
+                total, count = facts.get(name, (0, 0))
+                facts[name] = [total + fact, count + 1]
             if not turn.done:
                 continue
             records.append(_record(numbers[i], seed, playing.pop(i)))
-            if on_episode is not None:
-                on_episode(len(records))
+            on_episode(len(records))
             if waiting:
                 begin(i)
-    names = sorted({name for fact in facts for name in fact})
-    means = {}
-    for name in names:
-        known = [fact[name] for fact in facts if name in fact]
-        means[name] = sum(known) / len(known)
-    return Evaluation(records=tuple(sorted(records, key=lambda r: r.number)), facts=means)
+    return records, facts
 
 
 def _record(number: int, seed: int, turns: list[Turn]) -> Episode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from gtr_turbo import checkpoint
 from gtr_turbo.collect import MINIBATCHES, SAMPLING, TEACHING, Envs, collect, stream
 from gtr_turbo.config import TrainConfig
+from gtr_turbo.distributed.ranks import ALONE, Ranks
 from gtr_turbo.learning.advantages import assign_credit
 from gtr_turbo.learning.update import Imitation, make_optimizer, update
 from gtr_turbo.policy.model import Policy
@@ -32,18 +34,35 @@ class Learner:
         teacher_age: updates since the teacher was merged.
     """
 
-    def __init__(self, config: TrainConfig, run: Path, note: Callable[[str], None]) -> None:
-        """Load the model and make the environments; `begin` or `resume` comes next. `note` tells of outages."""
-        self._config = config
+    def __init__(
+        self, config: TrainConfig, run: Path, note: Callable[[str], None], ranks: Ranks = ALONE
+    ) -> None:
+        """Load the model and make the environments; `begin` or `resume` comes next. `note` tells of outages.
+
+        Raises:
+            ConfigError: the ranks have different starting models.
+        """
+        self._config, self._ranks = config, ranks
         self.policy = Policy(
-            config.model, temperature=config.sampling.temperature, seed=config.seed
+            config.model,
+            temperature=config.sampling.temperature,
+            seed=config.seed,
+            ranks=ranks,
+            shard=config.distributed.shard,
         )
         self._optimizer = make_optimizer(self.policy, config.ppo)
-        self._envs = Envs(config.env, config.env.train_split, config.seed)
+        self._own_envs = config.env.num_envs // ranks.world
+        first = ranks.rank * self._own_envs
+        split = config.env.train_split
+        self._envs = Envs(config.env, split, config.seed, self._own_envs, first)
         self._history = History(config.teacher)
         self._memory = Memory(run / "imitation", config.guidance.imitation.limit)
         self._corrector = _corrector(config, run, self._envs, note)
-        self._start_print = checkpoint.fingerprint(dict(self.policy.model.named_parameters()))
+        with self.policy.whole():
+            start = dict(self.policy.model.named_parameters())
+            self._start_print = checkpoint.fingerprint(start)
+        critic = checkpoint.fingerprint(dict(self.policy.value_head.named_parameters()))
+        ranks.agree("starting models (model.path)", [self._start_print, critic])
         self.teacher_age = 0
 
     @property
@@ -61,29 +80,36 @@ class Learner:
 
     def resume(self, run: Path) -> dict[str, Any]:
         """Take up the newest checkpoint of `run`; returns its state."""
-        newest = checkpoint.folders(run)[-1]
+        newest = self._ranks.from_first([path.name for path in checkpoint.folders(run)][-1:])[0]
         state = checkpoint.load(
-            newest, self.policy, self._optimizer, self._history, self._start_print
+            run / "checkpoints" / newest,
+            self.policy,
+            self._optimizer,
+            self._history,
+            self._start_print,
         )
-        self._envs.restore(state["envs"])
+        self._envs.restore(state["envs"][self._envs.first :][: self._own_envs])
         self._memory.restore(state["update"])
         self.teacher_age = state["teacher_age"]
         return state
 
     def step(self, iteration: int, clock: Clock) -> tuple[list[Turn], Batch, dict[str, float]]:
         """Play, ask the teacher, assign credit, learn; returns (turns, batch, metrics)."""
-        config, policy = self._config, self.policy
-        generator = torch.Generator().manual_seed(stream(config.seed, SAMPLING, iteration))
-        turns = collect(self._envs, policy, config.sampling, config.rollout, generator)
-        clock.lap("collect")
-        batch = make_batch(turns, config.env.num_envs, policy.processor.pad_token_id)
-        batch = guide(batch, policy, config.guidance, microbatch_turns=config.ppo.microbatch_turns)
-        clock.lap("guide")
-        told, imitation = _imitate(
-            policy, turns, self._envs, self._memory, self._corrector, config, iteration
-        )
-        clock.lap("teach")
-        batch = assign_credit(batch, **_credit(config))
+        config, policy, ranks = self._config, self.policy, self._ranks
+        draws = stream(config.seed, SAMPLING, iteration, *ranks.own_stream)
+        generator = torch.Generator().manual_seed(draws)
+        with policy.whole():
+            turns = collect(self._envs, policy, config.sampling, config.rollout, generator)
+            clock.lap("collect")
+            batch = make_batch(turns, self._own_envs, policy.processor.pad_token_id)
+            microbatch = config.ppo.microbatch_turns
+            batch = guide(batch, policy, config.guidance, microbatch_turns=microbatch)
+            clock.lap("guide")
+            told, imitation = _imitate(
+                policy, turns, self._envs, self._memory, self._corrector, config, iteration
+            )
+            clock.lap("teach")
+        batch = credit(batch, ranks, **_credit(config))
         stats = update(
             policy,
             self._optimizer,
@@ -94,27 +120,45 @@ class Learner:
             progress_after=(iteration + 1) / config.num_updates,
             max_logprob_gap=config.rollout.max_logprob_gap,
             imitation=imitation,
+            ranks=ranks,
         )
         clock.lap("update")
         return turns, batch, stats | told
 
     def remember(self, iteration: int, batch: Batch, clock: Clock) -> dict[str, float]:
-        """Keep the checkpoint and merge if a merge is due; returns the `teacher` group."""
-        self._history.add(self.policy.deltas())
+        """Keep the checkpoint and merge if a merge is due; returns the `teacher` group.
+
+        The first rank has the history and merges: it takes several times the weights' memory, and the others
+        get the same bits.
+        """
+        if self._ranks.first:
+            self._history.add(self.policy.deltas())
+        else:
+            deque(
+                self.policy.deltas(), maxlen=0
+            )  # the first rank needs our part of sharded weights
         self.teacher_age += 1
         if self._history.merge_is_due(iteration):
-            self.policy.load_teacher(self._history.merge())
+            merged = self._history.merge() if self._ranks.first else {}
+            self.policy.load_teacher(self._ranks.spread(merged))
             self.teacher_age = 0
         clock.lap("merge")
         return _teacher_metrics(self.policy, batch, self._history, self._config, self.teacher_age)
 
     def save(self, run: Path, **state: Any) -> None:
-        """Write a checkpoint of the run's `state` and of everything here."""
+        """Write a checkpoint of the run's `state` and of everything here; all ranks must call it.
+
+        Raises:
+            ConfigError: the ranks' weights have drifted apart.
+        """
+        if not self.policy.sharded:
+            weights = dict(self.policy.trained()) | dict(self.policy.value_head.named_parameters())
+            self._ranks.agree("weights", checkpoint.fingerprint(weights))
         state |= {
             "seed": self._config.seed,
             "start": self._start_print,
             "teacher_age": self.teacher_age,
-            "envs": self._envs.state(),
+            "envs": [env for part in self._ranks.gather(self._envs.state()) for env in part],
         }
         keep = self._config.save.keep
         checkpoint.save(run, self.policy, self._optimizer, self._history, state, keep=keep)
@@ -210,10 +254,34 @@ def _teacher_metrics(
     if batch.kl_tokens is not None:
         thoughts = config.guidance.tokens == "thought"
         mask = batch.thought_mask if thoughts else batch.inputs.response_mask
-        metrics["teacher/kl"] = float(batch.kl_tokens.sum() / mask.sum().clamp(min=1))
+        total = policy.ranks.sum(torch.stack([batch.kl_tokens.sum(), mask.sum()]))
+        metrics["teacher/kl"] = float(total[0] / total[1].clamp(min=1))
     if batch.kl_tokens is not None and config.guidance.kind in ("kl", "static"):
         metrics["teacher/credit"] = config.guidance.beta * metrics["teacher/kl"]
     return metrics
+
+
+def credit(batch: Batch, ranks: Ranks, **settings: Any) -> Batch:
+    """`assign_credit` over the turns of all ranks, each of which computes all of it: a few numbers a turn."""
+    if ranks.world == 1:
+        return assign_credit(batch, **settings)
+    names = (
+        "rewards", "old_values", "next_values", "terminated", "done", "thought_mask", "kl", "kl_tokens",
+    )  # fmt: skip
+    columns = {
+        name: ranks.gather_rows(getattr(batch, name), batch.shape)
+        for name in names
+        if getattr(batch, name) is not None
+    }
+    every = (batch.shape[0], batch.shape[1] * ranks.world)
+    whole = assign_credit(batch.with_(shape=every, **columns), **settings)
+    assert whole.advantages is not None
+    assert whole.returns is not None
+    own = ranks.rows(batch.shape)
+    advantages = whole.advantages[own]
+    if advantages.ndim > 1:
+        advantages = advantages[:, : batch.thought_mask.shape[1]]
+    return batch.with_(advantages=advantages, returns=whole.returns[own])
 
 
 def per_turn(batch: Batch, policy: Policy, envs: int) -> dict[str, list[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ import torch
 from gtr_turbo import checkpoint
 from gtr_turbo.collect import SIGNALS, stream
 from gtr_turbo.config import TrainConfig
+from gtr_turbo.distributed.ranks import ALONE, Ranks
 from gtr_turbo.evaluate import Evaluation, evaluate
 from gtr_turbo.learner import Learner, per_turn
 from gtr_turbo.learning.update import TrainingError
@@ -27,6 +29,7 @@ from gtr_turbo.tracking import (
     peak_rss_mb,
     rollout_metrics,
 )
+from gtr_turbo.turns.record import all_turns
 
 __all__ = ["TrainingError", "View", "train"]
 
@@ -51,29 +54,52 @@ class View(Protocol):
         ...
 
 
-def train(config: TrainConfig, run: Path, view: View, *, resume: bool = False) -> dict[str, Any]:
+class Unseen:
+    """The view of a rank that shows nothing: the first one shows the run."""
+
+    def started(self, config: TrainConfig, run: Path, update: int) -> None:
+        """Nothing."""
+
+    def evaluating(self, what: str, done: int, episodes: int) -> None:
+        """Nothing."""
+
+    def updated(self, row: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def noted(self, text: str) -> None:
+        """Nothing."""
+
+
+def train(
+    config: TrainConfig, run: Path, view: View, *, resume: bool = False, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Run the loop; returns what `summary.json` holds.
 
     Args:
         config: all settings.
-        run: the run folder, held by the caller (`checkpoint.own_folder`).
+        run: the run folder, held by the caller (`checkpoint.own_folder`) of the first rank.
         view: shows progress.
         resume: go on from the newest checkpoint in `run`.
+        ranks: the processes of the run; the first writes all files.
 
     Raises:
         TrainingError: a loss or gradient is not finite, sampler and scoring disagree, or the corrector's
             budget is spent or its endpoint gone (there is a checkpoint then).
         checkpoint.CheckpointError: the checkpoint is damaged or of another run.
-        ConfigError: a tracker is not installed or does not start, or the corrector's endpoint refuses us.
+        ConfigError: a tracker is not installed or does not start, the corrector's endpoint refuses us, or
+            settings or models differ between ranks.
     """
+    ranks.agree("settings", asdict(config))
+    config = replace(config, model=replace(config.model, device=ranks.device))
     if config.guidance.kind == "external":
         with Endpoint(config.guidance.external) as endpoint:
             endpoint.check()
     torch.set_num_threads(config.threads)
     spent = Spent()
-    learner = Learner(config, run, view.noted)
+    learner = Learner(config, run, view.noted, ranks)
     state = learner.resume(run) if resume else learner.begin()
-    trackers = Trackers(config, run, view.noted, resume=resume)
+    tracked = config if ranks.first else replace(config, trackers=())
+    trackers = Trackers(tracked, run, view.noted, resume=resume)
     try:
         return _train(config, run, view, learner, state, trackers, spent)
     finally:
@@ -93,38 +119,44 @@ def _train(
     evaluations: dict[str, Any] = state.get("evaluations") or _evaluate(
         learner.policy, config, view, "before", {}
     )
-    spent.before(state.get("seconds", 0.0), state.get("cpu_seconds", 0.0))
+    ranks = learner.policy.ranks
+    spent.before(state.get("seconds", 0.0), state.get("cpu_seconds", 0.0) / ranks.world)
     start = state.get("update", 0)
-    (run / "summary.json").unlink(missing_ok=True)  # of a shorter run that goes on
-    metrics_file = JsonlWriter(run / "metrics.jsonl", keep_until=start)
+    if ranks.first:
+        (run / "summary.json").unlink(missing_ok=True)  # of a shorter run that goes on
+        metrics_file = JsonlWriter(run / "metrics.jsonl", keep_until=start)
     trajectories = Trajectories(run / "trajectories", config.save.trajectories)
     view.started(config, run, start)
     for iteration in range(start, config.num_updates):
-        clock = Clock()
+        clock, sent = Clock(), ranks.sent_bytes
         turns, batch, learned = learner.step(iteration, clock)
         merged = learner.remember(iteration, batch, clock)
         evaluated = _evaluate_between(learner.policy, config, view, iteration + 1, clock)
         row = {
             "update": iteration + 1,
             "env_steps": (iteration + 1) * config.turns_per_update,
-            **rollout_metrics(turns, seed=stream(config.seed, SIGNALS, iteration)),
+            **rollout_metrics(
+                all_turns(turns, ranks), seed=stream(config.seed, SIGNALS, iteration)
+            ),
             **learned,
             **merged,
             **evaluated,
             **clock.seconds,
-            "system/peak_rss_mb": peak_rss_mb(),
+            "system/peak_rss_mb": ranks.largest(peak_rss_mb()),
             "system/seconds": spent.seconds,
-            "system/cpu_seconds": spent.cpu_seconds,
+            "system/cpu_seconds": ranks.total(spent.cpu_seconds),
+            "system/communicated_mb": (ranks.sent_bytes - sent) / 1e6,
             "system/trackers_failed": float(trackers.failed),
         }
         if (bad := finite(row)) is not None:
             raise TrainingError(
                 f"{bad} is {row[bad]} in update {iteration + 1}; resume from the last checkpoint"
             )
-        metrics_file.write(row)
-        trackers.write(row)
-        columns = per_turn(batch, learner.policy, config.save.trajectories)
-        trajectories.write(iteration + 1, turns, columns)
+        if ranks.first:
+            metrics_file.write(row)
+            trackers.write(row)
+            columns = per_turn(batch, learner.policy, config.save.trajectories)
+            trajectories.write(iteration + 1, turns, columns)
         view.updated(row)
         last = iteration + 1 == config.num_updates
         if (iteration + 1) % config.save.interval == 0 or last or learner.stopped:
@@ -138,7 +170,8 @@ def _train(
         if learner.stopped and not last:
             raise TrainingError(f"stopped after update {iteration + 1}: {learner.stopped}")
     evaluations = _evaluate(learner.policy, config, view, "after", evaluations)
-    return _summary(config, run, evaluations, spent.seconds)
+    peak = ranks.largest(peak_rss_mb())
+    return _summary(config, run, evaluations, spent.seconds, peak) if ranks.first else {}
 
 
 def _evaluate(
@@ -195,7 +228,7 @@ def _one(
 
 
 def _summary(
-    config: TrainConfig, run: Path, evaluations: Mapping[str, Any], seconds: float
+    config: TrainConfig, run: Path, evaluations: Mapping[str, Any], seconds: float, peak: float
 ) -> dict[str, Any]:
     split = config.env.eval_split
     before = evaluations.get(f"before/{split}/student", {})
@@ -213,7 +246,7 @@ def _summary(
         "episodes": config.eval.episodes,
         "env_steps": config.num_updates * config.turns_per_update,
         "seconds": seconds,
-        "peak_rss_mb": peak_rss_mb(),
+        "peak_rss_mb": peak,
         "seed": config.seed,
         "name": config.name,
         "student": str(last / "student"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from gtr_turbo.config import ModelConfig
+from gtr_turbo.distributed import sharding
+from gtr_turbo.distributed.ranks import ALONE, Ranks
+from gtr_turbo.distributed.sharding import full, joined, local, shard_of
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.loading import add_adapters, is_vision, load, takes_features
 from gtr_turbo.policy.processing import Processor
@@ -42,6 +45,11 @@ class ValueHead(nn.Module):
         return values
 
 
+def _cut(whole: Tensor, like: Tensor) -> Tensor:
+    """What this rank keeps of a tensor, on the CPU."""
+    return local(shard_of(whole, like)).cpu()
+
+
 class Policy(nn.Module):
     """A vision-language model that acts, with its critic and its teacher.
 
@@ -51,13 +59,24 @@ class Policy(nn.Module):
         value_head: the critic.
         temperature: of sampling; scoring divides the logits by it, so that what is optimised is what
             was sampled.
+        ranks: the processes that train it.
+        sharded: each rank keeps a part of the weights; `whole` puts all on every rank.
     """
 
     banned: Tensor
 
-    def __init__(self, config: ModelConfig, *, temperature: float, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        temperature: float,
+        seed: int = 0,
+        ranks: Ranks = ALONE,
+        shard: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.ranks, self.sharded, self._gathered = ranks, shard, False
         self.temperature = temperature
         base = load(config)
         self.processor = Processor(starter.model_folder(config.path), base.config.model_type)
@@ -72,6 +91,9 @@ class Policy(nn.Module):
             base.gradient_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()
         self.value_head = ValueHead(base.config.get_text_config().hidden_size)
+        if shard:  # a frozen vision tower runs outside forward passes too, so it is not cut
+            frozen = config.vision == "frozen"
+            sharding.shard(base, config.device, lambda name: frozen and is_vision(name))
         self.to(torch.device(config.device))
         self.model.eval()
         self._start = None if config.train == "lora" else self._copy_trained()
@@ -99,11 +121,32 @@ class Policy(nn.Module):
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     def _copy_trained(self) -> dict[str, Tensor]:
-        return {n: p.detach().to("cpu", torch.float32).clone() for n, p in self.trained().items()}
+        return {
+            n: local(p.detach()).to("cpu", torch.float32).clone() for n, p in self.trained().items()
+        }
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside the block every rank has all weights, so each may make forward passes of its own; no gradients.
+
+        Sharded weights can only be trained outside of it, by all ranks in step.
+        """
+        if not self.sharded or self._gathered:
+            yield
+            return
+        sharding.gather(self._plain)
+        self._gathered = True
+        try:
+            yield
+        finally:
+            self._gathered = False
+            sharding.scatter(self._plain)
 
     @torch.no_grad()
     def deltas(self) -> Iterator[tuple[str, Tensor]]:
         """Changes of the effective weights against the run's starting point, one tensor at a time.
+
+        All ranks must take all of them, outside of `whole`.
 
         Yields:
             (name of the base model's parameter, float32 tensor on the CPU). With adapters the change of
@@ -112,10 +155,11 @@ class Policy(nn.Module):
         """
         if self._start is not None:
             for name, parameter in self.trained().items():
-                yield name, parameter.detach().to("cpu", torch.float32) - self._start[name]
+                part = local(parameter.detach()).to("cpu", torch.float32) - self._start[name]
+                yield name, joined(part, parameter).cpu()
             return
         for name, layer in self._adapted():
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            a, b = full(layer.lora_A["default"].weight), full(layer.lora_B["default"].weight)
             change = layer.scaling["default"] * (b.float() @ a.float())
             yield name, change.cpu() - self._first_change(name, layer)
 
@@ -123,8 +167,8 @@ class Policy(nn.Module):
         """The adapter the run begins with, (A, B) by name; it counts as part of the starting point."""
         return {
             name: (
-                layer.lora_A["default"].weight.detach().float().clone(),
-                layer.lora_B["default"].weight.detach().float().clone(),
+                full(layer.lora_A["default"].weight.detach()).float().clone(),
+                full(layer.lora_B["default"].weight.detach()).float().clone(),
             )
             for name, layer in self._adapted()
         }
@@ -164,31 +208,48 @@ class Policy(nn.Module):
                 raise KeyError(
                     f"teacher tensors do not match: {sorted(set(change) ^ set(self._start))[:5]}"
                 )
-            self._teacher = {name: self._start[name] + change[name] for name in self._start}
+            trained = self.trained()
+            self._teacher = {
+                name: start + _cut(change[name], trained[name])
+                for name, start in self._start.items()
+            }
             return
         layers = dict(self._adapted())
         if set(change) != set(layers):
             raise KeyError(f"teacher tensors do not match: {sorted(set(change) ^ set(layers))[:5]}")
         self._teacher = {
-            name: layer.base_layer.weight.detach().float().cpu()
-            + self._first_change(name, layer)
-            + change[name]
-            for name, layer in layers.items()
+            name: start + _cut(change[name], layers[name].base_layer.weight)
+            for name, start in self._adapted_start()
         }
 
+    def _adapted_start(self) -> Iterator[tuple[str, Tensor]]:
+        """Effective weights of the adapted layers when the run began: this rank's parts, float32 on the CPU."""
+        for name, layer in self._adapted():
+            base, first = layer.base_layer.weight.detach(), self._first_change(name, layer)
+            yield name, local(base).float().cpu() + (_cut(first, base) if first.ndim else first)
+
+    def _swapped_parameters(self) -> dict[str, nn.Parameter]:
+        """What the teacher's tensors take the place of."""
+        if self._start is not None:
+            return self.trained()
+        return {name: layer.base_layer.weight for name, layer in self._adapted()}
+
     def teacher_state(self) -> dict[str, Tensor]:
-        """The teacher's tensors, exactly.
+        """The teacher's tensors, exactly; all ranks must call it.
 
         Raises:
             RuntimeError: no teacher was loaded.
         """
         if self._teacher is None:
             raise RuntimeError("there is no teacher yet: load_teacher() was never called")
-        return {**self._teacher, "norm": torch.tensor(self._teacher_norm, dtype=torch.float64)}
+        targets = self._swapped_parameters()
+        state = {name: joined(part, targets[name]).cpu() for name, part in self._teacher.items()}
+        return {**state, "norm": torch.tensor(self._teacher_norm, dtype=torch.float64)}
 
     def load_teacher_state(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `teacher_state` gave."""
-        self._teacher = {name: tensor for name, tensor in state.items() if name != "norm"}
+        targets = self._swapped_parameters()
+        self._teacher = {name: _cut(state[name], target) for name, target in targets.items()}
         self._teacher_norm = float(state["norm"])
 
     def teacher_distance(self) -> float:
@@ -212,58 +273,67 @@ class Policy(nn.Module):
         """Inside the block the model computes with the weights the run began with."""
         if self._start is not None:
             return self._swapped(self._start)
-        return self._swapped(
-            {
-                name: layer.base_layer.weight.detach().float().cpu()
-                + self._first_change(name, layer)
-                for name, layer in self._adapted()
-            }
-        )
+        with sharding.apart(self._plain, self._gathered):
+            start = dict(self._adapted_start())
+        return self._swapped(start)
 
     @contextmanager
     def _swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        if self._start is not None:
-            targets: dict[str, nn.Parameter] = self.trained()
-        else:
-            targets = {name: layer.base_layer.weight for name, layer in self._adapted()}
-        own = {name: parameter.detach().to("cpu", copy=True) for name, parameter in targets.items()}
+        own: dict[str, Tensor] = {}
         try:
-            with torch.no_grad():
-                for name, parameter in targets.items():
-                    parameter.copy_(weights[name])
-            if self._start is None:
-                with self.model.disable_adapter():
-                    yield
-            else:
+            with sharding.apart(self._plain, self._gathered), torch.no_grad():
+                targets = {name: local(p) for name, p in self._swapped_parameters().items()}
+                own = {name: part.to("cpu", copy=True) for name, part in targets.items()}
+                for name, part in targets.items():
+                    part.copy_(weights[name])
+            adapted = self._start is None
+            with self.whole(), self.model.disable_adapter() if adapted else nullcontext():
                 yield
         finally:
-            with torch.no_grad():
-                for name, parameter in targets.items():
-                    parameter.copy_(own[name])
+            with sharding.apart(self._plain, self._gathered), torch.no_grad():
+                for name, kept in own.items():
+                    targets[name].copy_(kept)
 
     def save_student(self, path: Path) -> None:
-        """Write the agent: a PEFT adapter folder, or a `transformers` folder with its processor."""
-        self.model.save_pretrained(path)
-        if self.config.train == "full":
+        """Write the agent: a PEFT adapter folder, or a `transformers` folder with its processor.
+
+        All ranks must call it; the first writes.
+        """
+        with self.whole():
+            state = self._state(self.model)
+            if self.ranks.first:
+                self.model.save_pretrained(path, state_dict=state)
+        if self.config.train == "full" and self.ranks.first:
             self.processor.save(path)
 
     def save_teacher(self, path: Path) -> None:
         """Write the teacher as a `transformers` folder with its processor.
 
+        All ranks must call it; the first writes.
+
         Raises:
             RuntimeError: no teacher was loaded.
         """
         with self.as_teacher():
-            if self.config.train == "full":
-                self.model.save_pretrained(path)
-            else:
-                state = {
-                    name.replace(".base_layer", ""): tensor
-                    for name, tensor in self._plain.state_dict().items()
-                    if "lora_" not in name
-                }
+            state = {
+                name.replace(".base_layer", ""): tensor
+                for name, tensor in self._state(self._plain).items()
+                if "lora_" not in name
+            }
+            if self.ranks.first:
                 self._plain.save_pretrained(path, state_dict=state)
-        self.processor.save(path)
+        if self.ranks.first:
+            self.processor.save(path)
+
+    def _state(self, model: nn.Module) -> dict[str, Tensor]:
+        """`state_dict` of a model whose weights are whole."""
+        if not self.sharded:
+            return dict(model.state_dict())
+        names = list(model.state_dict())  # FSDP2 cuts the weights for it
+        sharding.gather(self._plain)
+        tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        tensors |= dict(model.named_buffers(remove_duplicate=False))
+        return {name: tensors[name].detach() for name in names}
 
     # -- inputs --------------------------------------------------------------------------------
 
