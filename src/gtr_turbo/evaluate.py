@@ -96,11 +96,15 @@ def evaluate(
     """
     ranks = policy.ranks
     own = range(ranks.rank, episodes, ranks.world)
+
+    def told(done: int) -> None:
+        if on_episode is not None:
+            on_episode(min(episodes, done * ranks.world))
+
     with policy.whole():
         records, facts = _play_episodes(
-            policy, env, sampling, own, split=split, seed=seed, greedy=greedy,
-            on_episode=lambda done: on_episode and on_episode(min(episodes, done * ranks.world)),
-        )  # fmt: skip
+            policy, env, sampling, own, told, split=split, seed=seed, greedy=greedy
+        )
     if ranks.world > 1:
         records = [
             Episode(**r) for part in ranks.gather([asdict(r) for r in records]) for r in part
@@ -118,11 +122,11 @@ def _play_episodes(
     env: EnvConfig,
     sampling: SamplingConfig,
     own: Sequence[int],
+    told: Callable[[int], None],
     *,
     split: str | None,
     seed: int,
     greedy: bool,
-    on_episode: Callable[[int], object],
 ) -> tuple[list[Episode], dict[str, list[float]]]:
     """Play the episodes with the numbers `own`; returns them, and of each fact its [sum, count]."""
     if not own:
@@ -156,7 +160,7 @@ def _play_episodes(
             if not turn.done:
                 continue
             records.append(_record(numbers[i], seed, playing.pop(i)))
-            on_episode(len(records))
+            told(len(records))
             if waiting:
                 begin(i)
     return records, facts

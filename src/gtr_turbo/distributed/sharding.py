@@ -81,6 +81,7 @@ def shard(model: nn.Module, device: str, keep: Callable[[str], bool]) -> None:
     fully_shard(model, mesh=mesh, ignored_params=kept)
     for module in _sharded(model):
         module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
 
 def _sharded(model: nn.Module) -> Iterator[Any]:

@@ -1,0 +1,248 @@
+"""What two ranks do together; test_ranks.py starts it as two processes and reads the numbers rank 0 writes.
+
+python job.py MODEL_FOLDER RUN_OF_ONE_PROCESS OUT
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from gtr_turbo import checkpoint, collect, trainer
+from gtr_turbo.collect import Envs
+from gtr_turbo.config import EnvConfig, ModelConfig, PPOConfig, RolloutConfig, SamplingConfig
+from gtr_turbo.distributed.launch import launch
+from gtr_turbo.distributed.ranks import ALONE, LostContact, connect, join
+from gtr_turbo.evaluate import evaluate
+from gtr_turbo.learner import credit
+from gtr_turbo.learning.update import make_optimizer, update
+from gtr_turbo.policy.model import Policy
+from gtr_turbo.policy.scoring import score
+from gtr_turbo.teacher.guidance import guide
+from gtr_turbo.teacher.history import History
+from gtr_turbo.teaching_config import GuidanceConfig, TeacherConfig
+from gtr_turbo.turns.batch import make_batch
+from tiny import Silent, replies, settings
+
+PPO = PPOConfig(
+    minibatch_turns=4, microbatch_turns=2, epochs=2, critic_steps=2, lr=1e-3, entropy_coef=0.01
+)
+TIMES, ENVS = 4, 2
+CREDIT = {"gamma": 0.9, "lam": 0.95, "normalize": True, "eps": 0.1, "beta": 5.0, "center": True}
+FORMS = {"full": {}, "lora": {"train": "lora", "lora_rank": 4, "lora_alpha": 8}}
+
+
+def worded(policy, observed, sampling, generator, *, greedy=False):
+    """In place of `generate`: valid replies whose thoughts have different lengths."""
+    texts = []
+    for _ in observed:
+        action, words = (int(torch.randint(1, 11, (1,), generator=generator)) for _ in range(2))
+        fields = {
+            "cards": [2, 6],
+            "formula": "",
+            "thoughts": "2*6=12 " * words,
+            "action": str(action),
+        }
+        texts.append(json.dumps(fields))
+    return replies(policy, observed, texts)
+
+
+def policy_of(path, form, ranks, *, shard=False):
+    config = ModelConfig(path=path, attention="eager", **FORMS[form])
+    policy = Policy(config, temperature=0.7, ranks=ranks, shard=shard)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(policy.value_head.layers[-1].weight, std=0.1)
+    return policy
+
+
+def turns_of(path):
+    """The turns of all environments, as one process plays them."""
+    policy = policy_of(path, "full", ALONE)
+    env = EnvConfig(options={"prompt": "compact"}, num_envs=ENVS)
+    envs = Envs(env, "train", 0)
+    envs.start()
+    rollout = RolloutConfig(turns_per_env=TIMES)
+    generator = torch.Generator().manual_seed(0)
+    return collect.collect(envs, policy, SamplingConfig(), rollout, generator)
+
+
+def teacher_of(policy):
+    """A teacher away from the start, the same for every policy of a form."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: 0.02 * torch.randn(delta.shape, generator=generator)
+        for name, delta in policy.deltas()
+    }
+
+
+def learn(policy, turns, ranks, credit_at):
+    """Guide, credit and update with this rank's part of `turns`; (stats, whole weights, optimizer)."""
+    share = ENVS // ranks.world
+    own = [t for t in turns if t.env_index // share == ranks.rank]
+    policy.load_teacher(teacher_of(policy))
+    batch = make_batch(own, share, policy.processor.pad_token_id)
+    with policy.whole():
+        batch = guide(batch, policy, GuidanceConfig(), microbatch_turns=2)
+    batch = credit(batch, ranks, credit=credit_at, **CREDIT)
+    optimizer = make_optimizer(policy, PPO)
+    stats = update(
+        policy, optimizer, batch, PPO, seed=0, progress=0.0, progress_after=0.5,
+        max_logprob_gap=5.0, ranks=ranks,
+    )  # fmt: skip
+    return stats, batch, optimizer
+
+
+def weights(policy):
+    with policy.whole():
+        named = {**policy.trained(), **dict(policy.value_head.named_parameters())}
+        return {name: tensor.detach().clone() for name, tensor in named.items()}
+
+
+def apart(ours, theirs):
+    assert set(ours) == set(theirs)
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+def same_update(path, ranks, out):
+    """One process, two ranks, two ranks with sharded weights: the same turns."""
+    turns, found = turns_of(path), {}
+    for form, credit_at in (("full", "token"), ("lora", "advantage")):
+        single = policy_of(path, form, ALONE)
+        start = weights(single)
+        stats, batch, _ = learn(single, turns, ALONE, credit_at)
+        reference = weights(single)
+        for name, shard in (("ddp", False), ("fsdp", True)):
+            policy = policy_of(path, form, ranks, shard=shard)
+            sent = ranks.sent_bytes
+            ours, own, optimizer = learn(policy, turns, ranks, credit_at)
+            mine = ranks.rows(own.shape)
+            columns = own.advantages.shape[1] if own.advantages.ndim > 1 else None
+            expected = batch.advantages[mine]
+            expected = expected if columns is None else expected[:, :columns]
+            entries = [p.numel() for p in single.trained().values()]
+            critic = [p.numel() for p in single.value_head.parameters()]
+            found[f"{form}/{name}"] = {
+                "apart": apart(weights(policy), reference),
+                "moved": apart(start, reference),
+                "credit": float((own.advantages - expected).abs().max()),
+                "trained": sum(entries),
+                "critic": sum(critic),
+                "sent": ranks.sent_bytes - sent,
+                "stats": ours,
+                "reference": stats,
+            }
+            if shard:
+                found[f"{form}/stored"] = stored(path, form, policy, optimizer, turns, ranks, out)
+    return found
+
+
+def stored(path, form, policy, optimizer, turns, ranks, out):
+    """A checkpoint of sharded weights is one of whole weights: one process and two sharded ranks take it up."""
+    folder, history = out / f"checkpoint-{form}", History(TeacherConfig())
+    deltas = dict(policy.deltas())
+    if ranks.first:
+        history.add(deltas.items())
+    own = weights(policy)
+    state = {"update": 1, "teacher_age": 1, "start": "x"}  # with the teacher's own file
+    checkpoint.save(folder, policy, optimizer, history, state, keep=1)
+    found, kept = {}, policy.teacher_state()
+    ranks.total(0)
+    for name, who, shard in (("alone", ALONE, False), ("sharded", ranks, True)):
+        other = policy_of(path, form, who, shard=shard)
+        moments = make_optimizer(other, PPO)
+        checkpoint.load(
+            checkpoint.folders(folder)[-1], other, moments, History(TeacherConfig()), "x"
+        )
+        teacher = other.teacher_state()
+        found[name] = max(
+            apart(weights(other), own),
+            apart(dict(other.deltas()), deltas),
+            apart(teacher, kept),
+            apart(moments_of(moments), moments_of(optimizer)),
+        )
+        inputs = make_batch(turns[:2], 2, other.processor.pad_token_id).inputs
+        with torch.no_grad(), policy.as_teacher(), other.as_teacher():
+            found[name] = max(
+                found[name],
+                float((score(policy, inputs).logprobs - score(other, inputs).logprobs).abs().max()),
+            )
+        found[f"{name} after"] = apart(weights(other), own)  # the swap is undone, bit for bit
+    return found
+
+
+def moments_of(optimizer):
+    return {
+        name: checkpoint.full(tensor) for name, tensor in checkpoint._optimizer_tensors(optimizer)
+    }
+
+
+def evaluations(path, ranks):
+    """Greedy replies, so that sampling plays no part."""
+    env = EnvConfig(options={"prompt": "compact"}, num_envs=4)
+    found = []
+    for who in (ALONE, ranks):
+        policy = policy_of(path, "full", who)
+        result = evaluate(
+            policy, env, SamplingConfig(max_new_tokens=6), episodes=5, split="held-out", seed=3, greedy=True
+        )  # fmt: skip
+        found.append(result.summary())
+    return found
+
+
+def resumed(path, run, ranks):
+    """Two ranks go on with the run of one process."""
+    config = settings(path, env_steps=8)
+    before = checkpoint.read_state(checkpoint.folders(run)[-1])
+    trainer.train(config, run, Silent(), resume=True, ranks=ranks)
+    ranks.total(0)
+    after = checkpoint.read_state(checkpoint.folders(run)[-1])
+    return {"before": before["envs"], "after": after["envs"]}
+
+
+def odd_gradients(ranks):
+    """A parameter with a gradient on one rank, one with none anywhere, one of another type."""
+    one, none = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    half = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    half.grad = torch.full((2,), 1.0 + ranks.rank, dtype=torch.bfloat16)
+    if ranks.rank == 1:
+        one.grad = torch.tensor([1.0, 2.0, 3.0])
+    ranks.sum_gradients([one, none, half])
+    return {"one": one.grad.tolist(), "none": none.grad is None, "half": half.grad.tolist()}
+
+
+def main():
+    path, run, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    collect.generate = worded
+    place = launch()
+    connect(place)
+    with join(place, "cpu", 120.0) as ranks:
+        found = {"gradients": odd_gradients(ranks)}
+        found["update"] = same_update(path, ranks, out)
+        found["resumed"] = resumed(path, run, ranks)
+        collect.generate = GENERATE
+        found["evaluations"] = evaluations(path, ranks)
+        found["disagreement"] = ""
+        try:
+            ranks.agree("numbers", ranks.rank)
+        except ValueError as error:
+            found["disagreement"] = str(error)
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        began = time.monotonic()
+        try:
+            ranks.total(1.0)
+        except LostContact as error:
+            found["lost"] = {"said": str(error), "seconds": time.monotonic() - began}
+        (out / "found.json").write_text(json.dumps(found))
+        os._exit(0)  # the other rank is gone
+
+
+GENERATE = collect.generate
+
+if __name__ == "__main__":
+    main()

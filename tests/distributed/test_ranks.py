@@ -1,0 +1,254 @@
+"""Two processes beside one: same turns, same update; checkpoints, evaluations, and ranks that die."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gtr_turbo import checkpoint, trainer
+from gtr_turbo.checkpoint import own_folder
+from gtr_turbo.checks import ConfigError
+from gtr_turbo.cli import main
+from gtr_turbo.config import DistributedConfig, EnvConfig
+from gtr_turbo.distributed import launch as launching
+from gtr_turbo.distributed.launch import Launch, launch
+from gtr_turbo.settings import dump_config
+from gtr_turbo.teaching_config import GuidanceConfig
+from tiny import Silent, scripted, settings
+
+HERE = Path(__file__).parent
+FORMS = ["full/ddp", "full/fsdp", "lora/ddp", "lora/fsdp"]
+
+
+def environment(**more):
+    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return {**own, "PYTHONPATH": os.pathsep.join(["src", "tests", *sys.path]), **more}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def start(*command, **more):
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=environment(**more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def end(process, seconds=180):
+    try:
+        return process.communicate(timeout=seconds)[0]
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def found(tiny, tmp_path_factory):
+    """What the two ranks of job.py found."""
+    out = tmp_path_factory.mktemp("ranks")
+    run = out / "run"
+    with pytest.MonkeyPatch.context() as patch, own_folder(run):
+        patch.setattr("gtr_turbo.collect.generate", scripted)
+        trainer.train(settings(tiny, env_steps=4), run, Silent())
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    job = (HERE / "job.py", tiny, run, out)
+    both = [start(*job, RANK=str(rank), **place) for rank in range(2)]
+    told = [end(process) for process in both]
+    assert (out / "found.json").exists(), "\n".join(told)
+    return json.loads((out / "found.json").read_text()) | {"run": run}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_turns_give_the_same_update_on_one_and_two_ranks(found, form):
+    case = found["update"][form]
+    assert case["moved"] > 1e-3
+    assert case["apart"] <= 1e-6
+    assert case["credit"] <= 1e-6
+
+
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_sharded_weights_and_whole_ones_learn_the_same(found, form):
+    ddp, fsdp = (found["update"][f"{form}/{kind}"]["stats"] for kind in ("ddp", "fsdp"))
+    assert fsdp == pytest.approx(ddp, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_means_over_turns_are_those_of_one_process(found, form):
+    """Per turn they are the same; per token one process averages micro-batches, ranks average tokens."""
+    ours, single = found["update"][form]["stats"], found["update"][form]["reference"]
+    assert set(ours) == set(single)
+    for name in (
+        "ppo/policy_loss", "ppo/entropy", "critic/loss", "ppo/grad_norm", "critic/grad_norm",
+        "critic/explained_variance", "critic/explained_variance_before", "ppo/lr",
+    ):  # fmt: skip
+        assert ours[name] == pytest.approx(single[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("form", ["full/ddp", "lora/ddp"])
+def test_what_is_sent_is_the_gradients_and_little_more(found, form):
+    """8 turns, 4 a step, 2 epochs: 4 steps of everything, 2 more of the critic; float32."""
+    case = found["update"][form]
+    plan = 4 * (4 * (case["trained"] + case["critic"]) + 2 * case["critic"])
+    assert plan <= case["sent"] <= plan + 40_000
+
+
+def test_gradients_that_not_all_ranks_have(found):
+    assert found["gradients"] == {"one": [1.0, 2.0, 3.0], "none": True, "half": [3.0, 3.0]}
+
+
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_a_checkpoint_of_sharded_weights_is_one_of_whole_weights(found, form):
+    """Weights, changes, teacher, moments and the teacher's scores."""
+    case = found["update"][f"{form}/stored"]
+    assert case["alone"] <= 1e-6
+    assert case["sharded"] <= 1e-6
+    assert case["alone after"] == case["sharded after"] == 0
+
+
+def test_episodes_are_the_same_however_many_ranks_share_them(found):
+    alone, shared = found["evaluations"]
+    assert [record["number"] for record in shared["records"]] == list(range(5))
+    assert shared == alone
+
+
+def test_two_ranks_go_on_with_a_run_of_one_process(found):
+    rows = [json.loads(line) for line in (found["run"] / "metrics.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows] == [1, 2]
+    assert [row["system/communicated_mb"] > 0 for row in rows] == [False, True]
+    # full training: 2 optimizer steps, 2 more of the critic, and the merge
+    size, critic = (found["update"]["full/ddp"][name] for name in ("trained", "critic"))
+    plan = 4 * (2 * (size + critic) + 2 * critic + size) / 1e6
+    assert plan <= rows[1]["system/communicated_mb"] <= plan + 0.1
+    before, after = found["resumed"]["before"], found["resumed"]["after"]
+    for old, new in zip(before, after, strict=True):
+        assert new["episode"] == old["episode"]  # EZPoints cuts after 6 turns, these are 4
+        assert new["actions"][:2] == old["actions"]
+        assert len(new["actions"]) == 4
+    assert json.loads((found["run"] / "summary.json").read_text())["env_steps"] == 8
+
+
+def test_ranks_that_disagree_are_told(found):
+    assert "have different numbers" in found["disagreement"]
+
+
+def test_a_rank_that_dies_leaves_nobody_waiting(found):
+    assert "ended without a word" in found["lost"]["said"]
+    assert found["lost"]["seconds"] < 30
+
+
+def torchrun(*arguments, **more):
+    return start("-m", "torch.distributed.run", *arguments, **more)
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_nodes_train_and_one_process_goes_on(tiny, tmp_path):
+    run, file = tmp_path / "run", tmp_path / "config.yaml"
+    file.write_text(dump_config(settings(tiny, env_steps=4)))
+    port = free_port()
+    nodes = [
+        torchrun(
+            "--nnodes", 2, "--node-rank", node, "--nproc-per-node", 1, "--master-addr", "127.0.0.1",
+            "--master-port", port, "-m", "gtr_turbo", "train", "--config", file, "--run", run,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    told = [end(node) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(told)
+    state = checkpoint.read_state(checkpoint.folders(run)[-1])
+    assert [len(env["actions"]) for env in state["envs"]] == [2, 2]
+    with own_folder(run):
+        trainer.train(settings(tiny, env_steps=8), run, Silent(), resume=True)
+    assert [row["update"] for row in rows_of(run)] == [1, 2]
+    new = checkpoint.read_state(checkpoint.folders(run)[-1])["envs"]
+    assert [env["actions"][:2] for env in new] == [env["actions"] for env in state["envs"]]
+
+
+def test_a_rank_that_fails_is_told_once_and_a_restarted_job_goes_on(tiny, tmp_path):
+    run, file = tmp_path / "run", tmp_path / "config.yaml"
+    file.write_text(dump_config(settings(tiny, env_steps=8)))
+    job = torchrun(
+        "--standalone", "--nproc-per-node", 2, "--max-restarts", 1, HERE / "failing.py",
+        "train", "--config", file, "--run", run,
+    )  # fmt: skip
+    told = end(job)
+    assert job.returncode == 0, told
+    assert told.count("gtr-turbo: ") == 1, told
+    assert "gtr-turbo: the roof of rank 1 leaks" in told
+    assert [row["update"] for row in rows_of(run)] == [1, 2]
+    assert (run / "summary.json").exists()
+
+
+@pytest.fixture
+def among(monkeypatch):
+    """The environment of a rank; nothing of it is left behind."""
+    monkeypatch.setattr(launching, "claim", None)
+
+    def place(rank, world, **more):
+        for name, value in {"RANK": rank, "WORLD_SIZE": world, **more}.items():
+            monkeypatch.setenv(name, str(value))
+
+    return place
+
+
+def test_a_port_in_use_is_told(among, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        among(0, 2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        assert main(["train"]) == 2
+    assert f"port {port} is in use; give torchrun another --master-port" in capsys.readouterr().err
+
+
+def test_the_environment_of_torchrun_is_checked(among):
+    assert launch() == Launch()
+    among(1, 2, LOCAL_RANK=0, TORCHELASTIC_RESTART_COUNT=1)
+    assert launch() == Launch(rank=1, local_rank=0, world=2, restarts=1)
+    among(2, 2)
+    with pytest.raises(ConfigError, match="RANK=2 must be below WORLD_SIZE=2"):
+        launch()
+    among("x", 2)
+    with pytest.raises(ConfigError, match="RANK=x"):
+        launch()
+
+
+def test_only_training_takes_several_ranks(among, capsys):
+    among(0, 2)
+    assert main(["eval", "tiny-qwen3-vl"]) == 2
+    assert "eval runs in one process (WORLD_SIZE=2)" in capsys.readouterr().err
+
+
+def test_restarts_need_a_run_folder(among, capsys):
+    among(0, 1, TORCHELASTIC_MAX_RESTARTS=1)
+    assert main(["train"]) == 2
+    assert "--max-restarts needs --run DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("groups", "world", "message"),
+    [
+        ({"env": EnvConfig(num_envs=2)}, 3, r"env\.num_envs=2 .* 3 ranks must divide it"),
+        ({"distributed": DistributedConfig(shard=True)}, 1, "needs several ranks"),
+        (
+            {"guidance": GuidanceConfig(kind="sft")},
+            2,
+            "guidance.kind='sft' trains in one process only",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_with_so_many_ranks(groups, world, message):
+    with pytest.raises(ConfigError, match=message):
+        settings("x", **groups).check_world(world)
