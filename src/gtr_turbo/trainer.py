@@ -90,7 +90,8 @@ def train(
             settings or models differ between ranks.
     """
     ranks.agree("settings", asdict(config))
-    config = replace(config, model=replace(config.model, device=ranks.device))
+    if ranks.world > 1:
+        config = replace(config, model=replace(config.model, device=ranks.device))
     if config.guidance.kind == "external":
         with Endpoint(config.guidance.external) as endpoint:
             endpoint.check()

@@ -29,7 +29,7 @@ from gtr_turbo.turns.batch import make_batch
 from tiny import Silent, replies, settings
 
 PPO = PPOConfig(
-    minibatch_turns=4, microbatch_turns=2, epochs=2, critic_steps=2, lr=1e-3, entropy_coef=0.01
+    minibatch_turns=4, microbatch_turns=2, epochs=2, critic_steps=2, lr=1e-4, entropy_coef=0.01
 )
 TIMES, ENVS = 4, 2
 CREDIT = {"gamma": 0.9, "lam": 0.95, "normalize": True, "eps": 0.1, "beta": 5.0, "center": True}
@@ -149,14 +149,21 @@ def stored(path, form, policy, optimizer, turns, ranks, out):
     own = weights(policy)
     state = {"update": 1, "teacher_age": 1, "start": "x"}  # with the teacher's own file
     checkpoint.save(folder, policy, optimizer, history, state, keep=1)
-    found, kept = {}, policy.teacher_state()
-    ranks.total(0)
+    kept = policy.teacher_state()
+    ranks.total(0)  # the folder is there
+    newest = checkpoint.folders(folder)[-1]
+    merged = plain(policy_of(str(newest / "teacher"), "full", ALONE))
+    found = {
+        "student": apart(reloaded(path, form, newest / "student"), trained_of(own)),
+        "teacher": max(
+            float((merged[n] - tensor).abs().max()) for n, tensor in kept.items() if n != "norm"
+        ),
+        "class": json.loads((newest / "teacher" / "config.json").read_text())["architectures"],
+    }
     for name, who, shard in (("alone", ALONE, False), ("sharded", ranks, True)):
         other = policy_of(path, form, who, shard=shard)
         moments = make_optimizer(other, PPO)
-        checkpoint.load(
-            checkpoint.folders(folder)[-1], other, moments, History(TeacherConfig()), "x"
-        )
+        checkpoint.load(newest, other, moments, History(TeacherConfig()), "x")
         teacher = other.teacher_state()
         found[name] = max(
             apart(weights(other), own),
@@ -172,6 +179,24 @@ def stored(path, form, policy, optimizer, turns, ranks, out):
             )
         found[f"{name} after"] = apart(weights(other), own)  # the swap is undone, bit for bit
     return found
+
+
+def plain(policy):
+    return {name: tensor.detach() for name, tensor in policy.model.named_parameters()}
+
+
+def trained_of(named):
+    return {name: tensor for name, tensor in named.items() if not name.startswith("layers.")}
+
+
+def reloaded(path, form, student):
+    """Trained weights of an agent that was loaded from its folder."""
+    if form == "full":
+        policy = policy_of(str(student), form, ALONE)
+    else:
+        config = ModelConfig(path=path, attention="eager", **FORMS[form], adapter=str(student))
+        policy = Policy(config, temperature=0.7)
+    return dict(policy.trained())
 
 
 def moments_of(optimizer):

@@ -41,6 +41,11 @@ def shard_of(whole: Tensor, like: Tensor) -> Tensor:
     )
 
 
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """What this rank keeps of a tensor that every rank has, cut as `like`; on the CPU."""
+    return local(shard_of(whole, like)).cpu()
+
+
 def joined(part: Tensor, like: Tensor) -> Tensor:
     """`full` of a tensor whose parts are cut as those of `like`; all ranks must call it."""
     if not isinstance(like, DTensor):
@@ -102,6 +107,15 @@ def scatter(model: nn.Module) -> None:
     for module in _sharded(model):
         module.reshard()
         module.set_reshard_after_forward(True, recurse=False)
+
+
+def whole_state(model: nn.Module, root: nn.Module) -> dict[str, Tensor]:
+    """`state_dict` of gathered weights; `root` is what was sharded, `model` it or what wraps it."""
+    names = list(model.state_dict())  # FSDP2 cuts the weights for it
+    gather(root)
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    return {name: tensors[name].detach() for name in names}
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gtr_turbo.config import ModelConfig
 from gtr_turbo.distributed import sharding
 from gtr_turbo.distributed.ranks import ALONE, Ranks
-from gtr_turbo.distributed.sharding import full, joined, local, shard_of
+from gtr_turbo.distributed.sharding import full, joined, local, part_of
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.loading import add_adapters, is_vision, load, takes_features
 from gtr_turbo.policy.processing import Processor
@@ -43,11 +43,6 @@ class ValueHead(nn.Module):
         """(B, D) -> (B,)."""
         values: Tensor = self.layers(hidden.float()).squeeze(-1)
         return values
-
-
-def _cut(whole: Tensor, like: Tensor) -> Tensor:
-    """What this rank keeps of a tensor, on the CPU."""
-    return local(shard_of(whole, like)).cpu()
 
 
 class Policy(nn.Module):
@@ -208,17 +203,14 @@ class Policy(nn.Module):
                 raise KeyError(
                     f"teacher tensors do not match: {sorted(set(change) ^ set(self._start))[:5]}"
                 )
-            trained = self.trained()
-            self._teacher = {
-                name: start + _cut(change[name], trained[name])
-                for name, start in self._start.items()
-            }
+            trained, start = self.trained(), self._start
+            self._teacher = {n: start[n] + part_of(change[n], trained[n]) for n in start}
             return
         layers = dict(self._adapted())
         if set(change) != set(layers):
             raise KeyError(f"teacher tensors do not match: {sorted(set(change) ^ set(layers))[:5]}")
         self._teacher = {
-            name: start + _cut(change[name], layers[name].base_layer.weight)
+            name: start + part_of(change[name], layers[name].base_layer.weight)
             for name, start in self._adapted_start()
         }
 
@@ -226,7 +218,7 @@ class Policy(nn.Module):
         """Effective weights of the adapted layers when the run began: this rank's parts, float32 on the CPU."""
         for name, layer in self._adapted():
             base, first = layer.base_layer.weight.detach(), self._first_change(name, layer)
-            yield name, local(base).float().cpu() + (_cut(first, base) if first.ndim else first)
+            yield name, local(base).float().cpu() + (part_of(first, base) if first.ndim else first)
 
     def _swapped_parameters(self) -> dict[str, nn.Parameter]:
         """What the teacher's tensors take the place of."""
@@ -249,7 +241,7 @@ class Policy(nn.Module):
     def load_teacher_state(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `teacher_state` gave."""
         targets = self._swapped_parameters()
-        self._teacher = {name: _cut(state[name], target) for name, target in targets.items()}
+        self._teacher = {name: part_of(state[name], target) for name, target in targets.items()}
         self._teacher_norm = float(state["norm"])
 
     def teacher_distance(self) -> float:
@@ -327,13 +319,9 @@ class Policy(nn.Module):
 
     def _state(self, model: nn.Module) -> dict[str, Tensor]:
         """`state_dict` of a model whose weights are whole."""
-        if not self.sharded:
-            return dict(model.state_dict())
-        names = list(model.state_dict())  # FSDP2 cuts the weights for it
-        sharding.gather(self._plain)
-        tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        tensors |= dict(model.named_buffers(remove_duplicate=False))
-        return {name: tensors[name].detach() for name in names}
+        if self.sharded:
+            return sharding.whole_state(model, self._plain)
+        return dict(model.state_dict())
 
     # -- inputs --------------------------------------------------------------------------------
 
