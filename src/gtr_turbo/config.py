@@ -293,7 +293,7 @@ class TrainConfig:
         if world == 1 and self.distributed.shard:
             raise ConfigError(
                 "distributed.shard=true needs several ranks: start with torchrun --nproc-per-node N -m "
-                "gtr_turbo train, or set distributed.shard to false"
+                "-- gtr_turbo train, or set distributed.shard to false"
             )
         if self.env.num_envs % world:
             raise ConfigError(

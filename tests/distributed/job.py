@@ -28,8 +28,15 @@ from gtr_turbo.teaching_config import GuidanceConfig, TeacherConfig
 from gtr_turbo.turns.batch import make_batch
 from tiny import Silent, replies, settings
 
+# adam_eps: with the default, Adam turns the last digit of a gradient near 0 into a step of its full size
 PPO = PPOConfig(
-    minibatch_turns=4, microbatch_turns=2, epochs=2, critic_steps=2, lr=1e-4, entropy_coef=0.01
+    adam_eps=1e-4,
+    minibatch_turns=4,
+    microbatch_turns=2,
+    epochs=2,
+    critic_steps=2,
+    lr=1e-4,
+    entropy_coef=0.01,
 )
 TIMES, ENVS = 4, 2
 CREDIT = {"gamma": 0.9, "lam": 0.95, "normalize": True, "eps": 0.1, "beta": 5.0, "center": True}

@@ -163,7 +163,7 @@ def test_two_nodes_train_sharded_weights_and_one_process_goes_on(tiny, tmp_path)
     nodes = [
         torchrun(
             "--nnodes", 2, "--node-rank", node, "--nproc-per-node", 1, "--master-addr", "127.0.0.1",
-            "--master-port", port, "-m", "gtr_turbo", "train", "--config", file, "--run", run,
+            "--master-port", port, "-m", "--", "gtr_turbo", "train", "--config", file, "--run", run,
             "--distributed.shard", "true",
         )
         for node in range(2)
@@ -183,7 +183,7 @@ def test_a_rank_that_fails_is_told_once_and_a_restarted_job_goes_on(tiny, tmp_pa
     run, file = tmp_path / "run", tmp_path / "config.yaml"
     file.write_text(dump_config(settings(tiny, env_steps=8)))
     job = torchrun(
-        "--standalone", "--nproc-per-node", 2, "--max-restarts", 1, HERE / "failing.py",
+        "--standalone", "--nproc-per-node", 2, "--max-restarts", 1, "--", HERE / "failing.py",
         "train", "--config", file, "--run", run,
     )  # fmt: skip
     told = end(job)
