@@ -45,7 +45,7 @@ def start(*command, **more):
     )
 
 
-def end(process, seconds=180):
+def end(process, seconds=600):
     try:
         return process.communicate(timeout=seconds)[0]
     finally:
