@@ -84,7 +84,8 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name].detach()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         entries = tensor.flatten()
-        entries = entries[:: max(1, len(entries) // 65_536)].cpu().contiguous()
+        # a copy: memory that numpy has seen cannot be freed when gathered weights are cut again
+        entries = entries[:: max(1, len(entries) // 65_536)].cpu().clone().contiguous()
         digest.update(entries.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
