@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,22 @@ from gtr_turbo.turns.turn import Observed
 Report = Callable[[dict[str, float]], None]
 CLASSES = 32  # numbers a frame can show, 0..31, for the throw-away head
 SLOTS = 16
+WORDY_TURNS = 4000
+"""So many turns of every environment a vocabulary is made of."""
 
 
 def visible(info: Mapping[str, Any]) -> Tensor:
     """(SLOTS,) int64: the numbers a frame shows, by place; -100 where there is none.
 
     Read from the truth an environment puts into `info` (docs/environments.md): `numbers` of n cards,
-    `target` and `current`, `player` and `dealer`.
+    `target` and `current`, `player` and `dealer`, `shown`.
     """
     labels = torch.full((SLOTS,), -100)
     numbers = info.get("numbers", ())
     offset = {2: 0, 4: 2}.get(len(numbers), 0)
     labels[offset : offset + len(numbers)] = torch.tensor(numbers, dtype=torch.long)
+    shown = info.get("shown", ())
+    labels[SLOTS - len(shown) :] = torch.tensor(shown, dtype=torch.long)
     for slot, key in enumerate(("target", "current", "player", "dealer"), start=8):
         if key in info:
             labels[slot] = int(info[key])
@@ -62,31 +67,57 @@ class Demonstrations:
         Raises:
             ConfigError: the environment has no `demonstrate`.
         """
-        env = make_env(config.id, **config.options)
-        expert = attribute(env, "demonstrate")
-        if expert is None:
-            raise ConfigError(
-                f"{config.id} has no demonstrate(rng): nothing to imitate (docs/environments.md)"
-            )
-        rng = np.random.default_rng(seed)
-        wanted, done = len(self.replies) + config.turns, True
         frames, prompts = [], []
-        observation, info = env.reset(seed=seed)
-        while len(self.replies) < wanted:
-            if done:
-                observation, info = env.reset()
-            reply = expert(rng)
-            action = reply["action"]
-            if rng.random() < config.noise and info.get("actions"):
-                reply = {**reply, "action": str(rng.choice(info["actions"]))}
+        for observation, reply, info in islice(played(config, seed), config.turns):
             frames.append(policy.processor.shrink(observation["image"]))
             prompts.append(observation["prompt"])
-            self.replies.append(policy.processor.reply_ids(json.dumps(reply)))
+            self.replies.append(policy.processor.reply_ids(json.dumps(reply, ensure_ascii=False)))
             self.labels.append(visible(info))
-            observation, _, terminated, truncated, info = env.step(action)
-            done = terminated or truncated
         for at in range(0, len(frames), 64):
             self.observed += policy.observe(frames[at : at + 64], prompts[at : at + 64])
+
+
+def played(
+    config: DemonstrationConfig, seed: int
+) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """The turns of an environment's expert without end: (observation, reply to learn, info).
+
+    Raises:
+        ConfigError: the environment has no `demonstrate`.
+    """
+    env = make_env(config.id, **config.options)
+    expert = attribute(env, "demonstrate")
+    if expert is None:
+        raise ConfigError(
+            f"{config.id} has no demonstrate(rng): nothing to imitate (docs/environments.md)"
+        )
+    rng = np.random.default_rng(seed)
+    observation, info = env.reset(seed=seed)
+    while True:
+        reply = expert(rng)
+        action, legal = reply["action"], info.get("actions")
+        if rng.random() < config.noise and legal:
+            reply = {**reply, "action": str(rng.choice(legal))}
+        yield observation, reply, info
+        if config.stray and legal and rng.random() < config.stray:
+            action = str(rng.choice(legal))
+        observation, _, terminated, truncated, info = env.step(action)
+        if terminated or truncated:
+            observation, info = env.reset()
+
+
+def vocabulary(config: SFTConfig) -> Any:
+    """The tokenizer of a tiny model; None is that of the card games."""
+    if config.vocabulary == "cards":
+        return None
+    texts, pieces = [str(n) for n in range(100)] * 40, set(config.pieces)
+    for i, demonstrations in enumerate(config.demonstrations):
+        turns = islice(played(demonstrations, config.seed * 1000 + i), WORDY_TURNS)
+        for observation, reply, _ in turns:
+            texts += [observation["prompt"], *map(str, reply.values())]
+            keys = list(reply)
+            pieces |= {f'{{"{keys[0]}": "', *(f'", "{key}": "' for key in keys[1:]), '"}'}
+    return starter.tokenizer(texts, starter.WORD_TOKENS, sorted(pieces))
 
 
 def _schedule(config: SFTConfig, step: int, steps: int) -> float:
@@ -190,7 +221,7 @@ def train(config: SFTConfig, report: Report) -> Path:
     out, began = Path(config.out), time.monotonic()
     model = config.model
     if config.architecture is not None:
-        starter.build(config.architecture, out, config.seed)
+        starter.build(config.architecture, out, config.seed, vocabulary(config))
         model = replace(model, path=str(out))
     policy = Policy(model, temperature=1.0, seed=config.seed)
     data = Demonstrations()

@@ -12,7 +12,7 @@ import numpy as np
 
 from gtr_turbo import prompts
 from gtr_turbo.envs.contract import AnyText, ContractError, observation_space
-from gtr_turbo.envs.household import drawing, files
+from gtr_turbo.envs.household import drawing, facts, files
 from gtr_turbo.envs.household.engine import Engine
 from gtr_turbo.envs.household.generator import generate
 from gtr_turbo.envs.household.oracle import Oracle
@@ -36,6 +36,7 @@ MAX_ACTIONS, MAX_EQUAL, MAX_STEPS = 40, 5, 50
 """More actions than the first, or so many equal ones, end an episode early; the last ends any."""
 MAX_SHOWN = 60
 """Characters of an inadmissible action that the history shows."""
+_KINDS = sorted(set().union(*(scene.kinds for scene in facts.load().scenes.values())))
 _NAMED = re.compile(r"\b[a-z]{2,20} \d{1,3}\b")
 
 
@@ -61,8 +62,8 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
     Episode end: terminated when the task is done. With `early_truncation`, a step that does not do it ends the
         episode with a reward of -3: it is the fifth equal action in a row (terminated: a rule of the task), or
         beyond 40 actions (truncated). Truncated in any case after 50 actions.
-    Info: `actions`, `task` (its type), `feedback` (of the text engine), `goal_conditions` (the fraction met); at
-        the end `success` (the task is done).
+    Info: `actions`, `task` (its type), `feedback` (of the text engine), `goal_conditions` (the fraction met),
+        `shown` (four numbers that tell what the frame shows); at the end `success` (the task is done).
     Splits: `train` has games in the 96 rooms that ALFWorld trains in, `held-out` in its 24 unseen rooms.
 
     Args:
@@ -187,7 +188,19 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
             "task": self.engine.game.task.type,
             "feedback": self._feedback,
             "goal_conditions": self._met,
+            "shown": self._shown(),
         }
+
+    def _shown(self) -> tuple[int, int, int, int]:
+        """What the frame shows, in numbers below 32: kind of receptacle, is it closed, its objects, is one held."""
+        view = visible(self.engine.game, self.engine.state)
+        held = int(view.held is not None)
+        if not view.here:
+            return 0, 0, 0, held
+        at = view.here[0]
+        kind = self.engine.game.receptacles[at.receptacle].kind
+        number = 1 + _KINDS.index(kind) if kind in _KINDS else 31
+        return number, int(at.closed), min(len(at.contents), 31), held
 
     def judge(self, reply: Mapping[str, Any]) -> dict[str, bool]:
         """Facts about a reply in this state.
