@@ -31,6 +31,7 @@ from gtr_turbo.turns.turn import Observed
 Report = Callable[[dict[str, float]], None]
 CLASSES = 32  # numbers a frame can show, 0..31, for the throw-away head
 SLOTS = 16
+MICROBATCH = 8  # turns per forward pass
 WORDY_TURNS = 4000
 """So many turns of every environment a vocabulary is made of."""
 
@@ -182,20 +183,23 @@ def imitate(policy: Policy, data: Demonstrations, config: SFTConfig, report: Rep
     ):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * _schedule(config, step, config.steps)
-        chosen = [int(i) for i in rows]
-        inputs = make_inputs(
-            [data.observed[i] for i in chosen], [data.replies[i] for i in chosen], pad
-        )
-        scores = score(policy, inputs)
-        loss = -scores.logprobs.sum() / inputs.response_mask.sum()
-        loss.backward()
+        chosen = sorted((int(i) for i in rows), key=lambda i: len(data.observed[i].prompt_ids))
+        total, loss = sum(len(data.replies[i]) for i in chosen), 0.0
+        for at in range(0, len(chosen), MICROBATCH):  # of like lengths, so that little is padding
+            part = chosen[at : at + MICROBATCH]
+            inputs = make_inputs(
+                [data.observed[i] for i in part], [data.replies[i] for i in part], pad
+            )
+            share = -score(policy, inputs).logprobs.sum() / total
+            share.backward()
+            loss += share.item()
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"gradient norm is {norm.item()} at step {step}; lower lr")
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step + 1 == config.steps:
-            report({"step": step, "loss": loss.item(), "grad_norm": norm.item()})
+            report({"step": step, "loss": loss, "grad_norm": norm.item()})
 
 
 def _recipe(config: SFTConfig) -> str:

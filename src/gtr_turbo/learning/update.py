@@ -146,7 +146,7 @@ def cosine(first: float, last: float, fraction: float) -> float:
 def _minibatch(
     policy: Policy, batch: Batch, rows: Tensor, config: PPOConfig, sums: dict[str, list[float]]
 ) -> None:
-    """Accumulate the gradients of one minibatch; micro-batches hold replies of like length."""
+    """Accumulate the gradients of one minibatch; micro-batches hold turns of like length."""
     assert batch.returns is not None
     for micro in by_length(batch.inputs, rows).split(config.microbatch_turns):
         inputs = select(batch.inputs, micro)
