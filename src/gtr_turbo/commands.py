@@ -216,7 +216,8 @@ def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     baselines = read_names(options.baselines) if options.baselines is not None else ()
     policy, config = _agent(options)
-    torch.set_num_threads(config.threads)
+    if policy is not None:
+        torch.set_num_threads(config.threads)
     env, split = _env_config(options, config)
     seed = 0 if options.seed is None else options.seed
     found = {
