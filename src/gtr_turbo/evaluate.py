@@ -55,44 +55,18 @@ class Evaluation:
     facts: dict[str, float]
     """Mean of every fact the environment could check, over the turns where it could."""
 
-    @property
-    def success(self) -> float:
-        """Fraction of episodes that succeeded."""
-        return sum(record.success for record in self.records) / len(self.records)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of `success`."""
-        return wilson(sum(record.success for record in self.records), len(self.records))
-
-    @property
-    def groups(self) -> dict[str, Evaluation]:
-        """The episodes of each type of task, by its name; the facts are of all."""
-        names = sorted({r.group for r in self.records if r.group is not None})
-        return {
-            name: Evaluation(
-                records=tuple(r for r in self.records if r.group == name), facts=self.facts
-            )
-            for name in names
-        }
-
     def summary(self) -> dict[str, Any]:
         """What `gtr-turbo eval --json` prints."""
         turns = sum(record.turns for record in self.records)
         valid = [r.valid_turns for r in self.records if r.valid_turns is not None]
         conditions = [r.goal_conditions for r in self.records if r.goal_conditions is not None]
+        groups: dict[str, list[Episode]] = {}
+        for record in self.records:
+            if record.group is not None:
+                groups.setdefault(record.group, []).append(record)
         return {
-            "success": self.success,
-            "interval": list(self.interval),
-            "episodes": len(self.records),
-            "groups": {
-                name: {
-                    "success": group.success,
-                    "interval": list(group.interval),
-                    "episodes": len(group.records),
-                }
-                for name, group in self.groups.items()
-            },
+            **_success(self.records),
+            "groups": {name: _success(groups[name]) for name in sorted(groups)},
             "goal_conditions": sum(conditions) / len(conditions) if conditions else None,
             "return": sum(record.episode_return for record in self.records) / len(self.records),
             "valid": sum(valid) / turns if valid else None,
@@ -100,6 +74,11 @@ class Evaluation:
             "facts": self.facts,
             "records": [asdict(record) for record in self.records],
         }
+
+
+def _success(records: Sequence[Episode]) -> dict[str, Any]:
+    won, count = sum(record.success for record in records), len(records)
+    return {"success": won / count, "interval": list(wilson(won, count)), "episodes": count}
 
 
 def wilson(successes: int, count: int, z: float = 1.959963985) -> tuple[float, float]:
