@@ -30,7 +30,7 @@ def stream(*path: int) -> int:
     return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> 1)
 
 
-SAMPLING, MINIBATCHES, EVALUATION, TEACHING, SIGNALS = 1, 2, 3, 4, 5
+SAMPLING, MINIBATCHES, EVALUATION, TEACHING, SIGNALS, BASELINES = 1, 2, 3, 4, 5, 6
 """Names of streams: `stream(seed, SAMPLING, update)` and so on. Environments use `stream(seed, 0, n, e)`."""
 
 
@@ -108,6 +108,11 @@ class Envs:
         """Facts about a parsed reply in the state that environment `i` is in, if it can check any."""
         judge = attribute(self._envs[i], "judge")
         return judge(fields) if judge is not None and fields else {}
+
+    def demonstrate(self, i: int, rng: np.random.Generator) -> Mapping[str, Any] | None:
+        """The expert's reply in the state that environment `i` is in; None if it has no expert."""
+        expert = attribute(self._envs[i], "demonstrate")
+        return expert(rng) if expert is not None else None
 
     def state(self) -> list[dict[str, Any]]:
         """What `restore` needs: the episode and the actions so far of each environment."""

@@ -1,18 +1,33 @@
-"""Evaluation on fixed episodes: success with its Wilson interval, return, validity."""
+"""Evaluation on fixed episodes: success with its Wilson interval, per type of task, return, validity."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from gtr_turbo.collect import EVALUATION, Envs, play, stream
 from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig
 from gtr_turbo.policy.model import Policy
-from gtr_turbo.turns.turn import Turn
+
+
+class Played(NamedTuple):
+    """What an evaluation counts of a turn."""
+
+    env_index: int
+    valid: bool | None
+    """The reply was valid; None of a player that writes none."""
+    facts: Mapping[str, bool]
+    success: bool | None
+    """None while the episode goes on; so is `episode_return`."""
+    episode_return: float | None
+
+
+Player = Callable[[Envs, Sequence[int]], list[Played]]
+"""Plays one turn in each of the environments with the given numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +39,12 @@ class Episode:
     success: bool
     episode_return: float
     turns: int
-    valid_turns: int
+    valid_turns: int | None
+    """None of a player that writes no replies."""
+    group: str | None
+    """Type of the episode's task (`info["task"]`), where the environment tells it."""
+    goal_conditions: float | None
+    """Fraction of the goal met at the end, where the environment tells it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,29 +55,30 @@ class Evaluation:
     facts: dict[str, float]
     """Mean of every fact the environment could check, over the turns where it could."""
 
-    @property
-    def success(self) -> float:
-        """Fraction of episodes that succeeded."""
-        return sum(record.success for record in self.records) / len(self.records)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of `success`."""
-        return wilson(sum(record.success for record in self.records), len(self.records))
-
     def summary(self) -> dict[str, Any]:
         """What `gtr-turbo eval --json` prints."""
         turns = sum(record.turns for record in self.records)
+        valid = [r.valid_turns for r in self.records if r.valid_turns is not None]
+        conditions = [r.goal_conditions for r in self.records if r.goal_conditions is not None]
+        groups: dict[str, list[Episode]] = {}
+        for record in self.records:
+            if record.group is not None:
+                groups.setdefault(record.group, []).append(record)
         return {
-            "success": self.success,
-            "interval": list(self.interval),
-            "episodes": len(self.records),
+            **_success(self.records),
+            "groups": {name: _success(groups[name]) for name in sorted(groups)},
+            "goal_conditions": sum(conditions) / len(conditions) if conditions else None,
             "return": sum(record.episode_return for record in self.records) / len(self.records),
-            "valid": sum(record.valid_turns for record in self.records) / turns,
+            "valid": sum(valid) / turns if valid else None,
             "turns": turns,
             "facts": self.facts,
             "records": [asdict(record) for record in self.records],
         }
+
+
+def _success(records: Sequence[Episode]) -> dict[str, Any]:
+    won, count = sum(record.success for record in records), len(records)
+    return {"success": won / count, "interval": list(wilson(won, count)), "episodes": count}
 
 
 def wilson(successes: int, count: int, z: float = 1.959963985) -> tuple[float, float]:
@@ -66,6 +87,27 @@ def wilson(successes: int, count: int, z: float = 1.959963985) -> tuple[float, f
     centre = (p + square / (2 * count)) / (1 + square / count)
     half = z / (1 + square / count) * math.sqrt(p * (1 - p) / count + square / (4 * count * count))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_difference(
+    first_only: int, second_only: int, count: int, z: float = 1.959963985
+) -> tuple[float, tuple[float, float]]:
+    """Difference of two proportions over the same episodes, and its interval (Bonett and Price 2012).
+
+    The interval is Wald's after one episode is added to each of the two kinds that differ: it holds with few
+    episodes, and has a width even if the two never differ.
+
+    Args:
+        first_only: episodes in which only the first succeeded.
+        second_only: in which only the second did.
+        count: all episodes.
+        z: 1.96 is 95 %.
+    """
+    first, second = (first_only + 1) / (count + 2), (second_only + 1) / (count + 2)
+    centre = first - second
+    half = z * math.sqrt((first + second - centre**2) / (count + 2))
+    interval = max(-1.0, centre - half), min(1.0, centre + half)
+    return (first_only - second_only) / count, interval
 
 
 def evaluate(
@@ -77,6 +119,7 @@ def evaluate(
     split: str | None,
     seed: int,
     greedy: bool = False,
+    envs: type[Envs] = Envs,
     on_episode: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Play fixed episodes with the weights in place.
@@ -92,33 +135,51 @@ def evaluate(
         split: the environment's `split`, or None.
         seed: of the episodes and of sampling.
         greedy: take the likeliest token.
+        envs: what the environments are played in; a subclass may show them otherwise.
         on_episode: told how many episodes are done.
     """
-    rollout = RolloutConfig()
-    envs = Envs(env, split, seed, count=min(env.num_envs, episodes))
     generator = torch.Generator().manual_seed(stream(seed, EVALUATION))
+
+    def player(envs: Envs, rows: Sequence[int]) -> list[Played]:
+        turns = play(envs, rows, policy, sampling, RolloutConfig(), generator, greedy=greedy)
+        return [
+            Played(t.env_index, t.valid, t.facts, t.success, t.episode_return) for t, _ in turns
+        ]
+
+    made = envs(env, split, seed, count=min(env.num_envs, episodes))
+    return play_episodes(player, made, episodes=episodes, seed=seed, on_episode=on_episode)
+
+
+def play_episodes(
+    player: Player,
+    envs: Envs,
+    *,
+    episodes: int,
+    seed: int,
+    on_episode: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """`evaluate` for any player; `envs` are played side by side."""
     waiting = list(range(episodes))[::-1]
-    playing: dict[int, list[Turn]] = {}
-    numbers: dict[int, int] = {}
+    playing: dict[int, list[Played]] = {}
+    tasks: dict[int, Any] = {}
 
     def begin(i: int) -> None:
-        numbers[i] = waiting.pop()
-        envs.reset(i, numbers[i], stream(seed, EVALUATION, numbers[i]) % 2**31)
-        playing[i] = []
+        number = waiting.pop()
+        envs.reset(i, number, stream(seed, EVALUATION, number) % 2**31)
+        playing[i], tasks[i] = [], envs.infos[i].get("task")
 
     for i in range(len(envs)):
         begin(i)
     records, facts = [], []
     while playing:
-        for turn, _ in play(
-            envs, list(playing), policy, sampling, rollout, generator, greedy=greedy
-        ):
+        for turn in player(envs, list(playing)):
             i = turn.env_index
             playing[i].append(turn)
             facts.append(turn.facts)
-            if not turn.done:
+            if turn.success is None:
                 continue
-            records.append(_record(numbers[i], seed, playing.pop(i)))
+            info = {"task": tasks[i], **envs.infos[i]}
+            records.append(_record(envs.episodes[i], seed, playing.pop(i), info))
             if on_episode is not None:
                 on_episode(len(records))
             if waiting:
@@ -131,12 +192,16 @@ def evaluate(
     return Evaluation(records=tuple(sorted(records, key=lambda r: r.number)), facts=means)
 
 
-def _record(number: int, seed: int, turns: list[Turn]) -> Episode:
+def _record(number: int, seed: int, turns: list[Played], info: Mapping[str, Any]) -> Episode:
+    valid = [turn.valid for turn in turns if turn.valid is not None]
+    conditions = info.get("goal_conditions")
     return Episode(
         number=number,
         seed=stream(seed, EVALUATION, number) % 2**31,
         success=bool(turns[-1].success),
         episode_return=turns[-1].episode_return or 0.0,
         turns=len(turns),
-        valid_turns=sum(turn.valid for turn in turns),
+        valid_turns=sum(valid) if valid else None,
+        group=info.get("task"),
+        goal_conditions=None if conditions is None else float(conditions),
     )
