@@ -18,7 +18,7 @@ from gtr_turbo.envs.household.engine import NOTHING, Engine
 from gtr_turbo.envs.household.native import Backend, Native
 from gtr_turbo.envs.household.textworld import TextWorld
 from gtr_turbo.envs.household.thor import Thor, find_tasks
-from gtr_turbo.envs.household.worker import Fault, Limits
+from gtr_turbo.envs.household.worker import WorkerError, Limits
 from gtr_turbo.envs.household.world import CLEAN, COOL, HEAT, LIGHT, PLACE, TWO
 
 TYPES = {"place": PLACE, "two": TWO, "light": LIGHT, "clean": CLEAN, "heat": HEAT, "cool": COOL}
@@ -167,7 +167,7 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         if command in self._backend.commands:
             try:
                 self._feedback = self._backend.step(command)
-            except Fault as fault:
+            except WorkerError as fault:
                 return self._give_up(fault)
         before, self._met = self._met, self._backend.fraction
         success = self._backend.won
@@ -183,7 +183,7 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
             info["success"] = success
         return self._observation(), reward, terminated, truncated, info
 
-    def _give_up(self, fault: Fault) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+    def _give_up(self, fault: WorkerError) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """End an episode whose worker failed, as no fault of the agent's."""
         warnings.warn(f"Household: {fault}; the episode is truncated", stacklevel=3)
         info = {**self._info(), "success": False, "fault": str(fault)}

@@ -51,7 +51,7 @@ class Backend(Protocol):
         """Play an admissible command and return the feedback.
 
         Raises:
-            Fault: a worker failed; the state is that before the command.
+            WorkerError: a worker failed; the state is that before the command.
         """
 
     def frame(self, size: int, names: bool) -> np.ndarray:

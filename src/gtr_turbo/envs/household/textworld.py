@@ -1,7 +1,7 @@
 """ALFWorld's own text engine as a backend: the real rules and words, in a watched process.
 
 Our engine plays the same game beside it. It draws the frames, counts the goal conditions and gives the expert; and
-whenever the two differ in a word the game stops with `Difference`. Neither package is imported outside the worker.
+whenever the two differ in a word the game stops with `DifferenceError`. Neither package is imported outside the worker.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from gtr_turbo.envs.household.files import export
 from gtr_turbo.envs.household.native import Native
 from gtr_turbo.envs.household.oracle import solve
-from gtr_turbo.envs.household.worker import Limits, Unplayable, Worker
+from gtr_turbo.envs.household.worker import Limits, UnplayableError, Worker
 from gtr_turbo.envs.household.world import Game
 
 ENGINE = f"{__name__}:Real"
@@ -28,7 +28,7 @@ PARSED = 50_000
 """Texts whose parse is kept; a game has some hundred."""
 
 
-class Difference(RuntimeError):
+class DifferenceError(RuntimeError):
     """The real engine and ours differ in a game: a mistake in one of them, which no episode may hide."""
 
 
@@ -46,9 +46,11 @@ class TextWorld(Native):
         intro = super()._start(game, path)
         self._name = str(path or f"generated in scene {game.scene}")
         file = path or export(game, self._folder, "game", solve(game))
-        answer = self._worker.reset(path=str(file.resolve()))
-        if path is None:
-            shutil.rmtree(file.parents[1])
+        try:
+            answer = self._worker.reset(path=str(file.resolve()))
+        finally:
+            if path is None:
+                shutil.rmtree(file.parents[1])
         self._compare("the beginning", answer, intro)
         return intro
 
@@ -64,7 +66,7 @@ class TextWorld(Native):
         for key, mine in ours.items():
             if answer.get(key) != mine:
                 self._worker.close()
-                raise Difference(
+                raise DifferenceError(
                     f"Household: after {after} of the game {self._name} the {key} of ALFWorld's engine, "
                     f"{answer.get(key)!r}, is not that of ours, {mine!r}. Please report the game; "
                     "leave it out, or use backend: native."
@@ -85,7 +87,7 @@ class Real:
             from alfworld.agents.environment.alfred_tw_env import AlfredDemangler, AlfredInfos
             from textworld.envs.pddl import PddlEnv
         except ImportError as error:
-            raise Unplayable(
+            raise UnplayableError(
                 f"backend='textworld' needs ALFWorld's text engine ({error}): {INSTALL}"
             ) from error
         remember_parses()
@@ -101,7 +103,7 @@ class Real:
         except (
             KeyError
         ) as error:  # what the planner's output lacks when the goal is trivially false
-            raise Unplayable(
+            raise UnplayableError(
                 f"ALFWorld's engine cannot solve {path} (KeyError: {error})"
             ) from error
         finally:

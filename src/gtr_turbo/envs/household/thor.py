@@ -1,6 +1,6 @@
 """AI2-THOR as a backend: ALFWorld's `AlfredThorEnv`, in a watched process.
 
-Tested against ALFWorld's own classes over a fake simulator; it has not been run against the real one. Frames are the
+Tested with ALFWorld's own classes over a fake simulator; it has not been run against the real one. Frames are the
 simulator's; commands, feedback and goal conditions are ALFWorld's. Its commands are guessed from its texts, so an
 admissible one may do nothing. There is no expert.
 """
@@ -21,7 +21,7 @@ import numpy as np
 
 from gtr_turbo.envs.contract import ContractError
 from gtr_turbo.envs.household.native import Sight
-from gtr_turbo.envs.household.worker import Limits, Unplayable, Worker
+from gtr_turbo.envs.household.worker import Limits, UnplayableError, Worker
 from gtr_turbo.envs.household.world import Game
 
 ENGINE = f"{__name__}:Real"
@@ -148,7 +148,7 @@ class Real:
         try:
             from alfworld.agents.environment.alfred_thor_env import AlfredThorEnv
         except ImportError as error:
-            raise Unplayable(f"{NEEDS}. Missing: {error}") from error
+            raise UnplayableError(f"{NEEDS}. Missing: {error}") from error
         self._class, self._size, self._env = AlfredThorEnv, size, None
         self._version = importlib.metadata.version("alfworld")
         self._raised = ""
@@ -180,7 +180,7 @@ class Real:
         try:
             return env.init_env(batch_size=1)
         except AssertionError as error:  # how ai2thor 2.1.0 says that there is no X display
-            raise Unplayable(f"{NEEDS}. AI2-THOR did not start: {error}") from error
+            raise UnplayableError(f"{NEEDS}. AI2-THOR did not start: {error}") from error
 
     def reset(self, path: str, seed: int) -> dict[str, Any]:
         """Start the task of a `traj_data.json`."""
@@ -191,7 +191,7 @@ class Real:
         answer = self._told(env.reset)
         sentence = _SENTENCE.search(answer["feedback"])
         if sentence is None:
-            raise Unplayable(f"ALFWorld tells no task in {path}: {answer['feedback'][-200:]!r}")
+            raise UnplayableError(f"ALFWorld tells no task in {path}: {answer['feedback'][-200:]!r}")
         return {**answer, "task": task["task_type"], "sentence": sentence[1]}
 
     def step(self, command: str) -> dict[str, Any]:
@@ -244,9 +244,9 @@ def _read(path: Path) -> Any:
         missing = sorted({"task_type", "pddl_params", "plan", "scene"} - set(task))
         missing += [f"scene.{key}" for key in SCENE if key not in task.get("scene", {})]
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise Unplayable(f"cannot read the task {path}: {error}") from error
+        raise UnplayableError(f"cannot read the task {path}: {error}") from error
     if missing:
-        raise Unplayable(
+        raise UnplayableError(
             f"{path} has no {', '.join(missing)}: it is no task for AI2-THOR but of a text game; "
             "the tasks with scenes are those of alfworld-download"
         )

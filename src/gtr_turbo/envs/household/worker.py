@@ -1,8 +1,8 @@
 """An engine in a process of its own, watched: what hangs, dies or eats memory is killed and started anew.
 
 The parent holds a `Worker`. It starts a fresh interpreter, not a fork, which runs `serve`: that imports an engine
-and answers requests, one line of JSON each, over pipes. What the engine prints goes to a file, whose end is quoted when
-it dies. A worker outlives its parent by no more than the time that its last request was given.
+and answers requests, one line of JSON each, over pipes. What the engine prints goes to a file, whose end is quoted
+when it dies. A worker outlives its parent by no more than the time that its last request was given.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ TOLD = 600
 """Characters of what an engine printed that an error quotes."""
 
 
-class Unplayable(Exception):
+class UnplayableError(Exception):
     """Raised by an engine: something is not installed, or the game cannot be played. Not tried again."""
 
 
-class Fault(RuntimeError):
+class WorkerError(RuntimeError):
     """A worker failed and was killed: `crash`, `timeout`, `memory` or `error`, and the details."""
 
 
@@ -132,11 +132,11 @@ class Worker:
         """
         try:
             return self._reset(request)
-        except Fault as fault:
+        except WorkerError as fault:
             warnings.warn(f"Household: {fault}; the game is started again", stacklevel=3)
         try:
             return self._reset(request)
-        except Fault as fault:
+        except WorkerError as fault:
             raise ContractError(
                 f"Household: {fault}, a second time in a row at the start of a game, {request}. Leave "
                 f"it out, or raise limits: {self._limits}"
@@ -150,10 +150,10 @@ class Worker:
         """Play a command.
 
         Raises:
-            Fault: the process failed. The episode is lost; `reset` starts another process.
+            WorkerError: the process failed. The episode is lost; `reset` starts another process.
         """
         if self._process is None:
-            raise Fault("crash: no process runs this game any more; reset the environment")
+            raise WorkerError("crash: no process runs this game any more; reset the environment")
         return self._ask({"do": "step", "command": command}, self._limits.step)
 
     def close(self) -> None:
@@ -184,7 +184,7 @@ class Worker:
         process = self._process or self._start()
         assert process.stdin is not None
         try:
-            process.stdin.write(json.dumps({**request, "seconds": seconds}).encode() + b"\n")
+            process.stdin.write(json.dumps({**request, "seconds": seconds + GRACE}).encode() + b"\n")
             process.stdin.flush()
             answer = json.loads(self._line(process, seconds))
         except BrokenPipeError:
@@ -226,7 +226,7 @@ class Worker:
     def _too_much(self, used: int) -> str:
         return f"{used / 1e6:.0f} MB, more than limits.memory_mb={self._limits.memory_mb}"
 
-    def _failed(self, kind: str, what: str = "") -> Fault:
+    def _failed(self, kind: str, what: str = "") -> WorkerError:
         """Kill the process and say why."""
         process = self._process
         assert process is not None
@@ -241,7 +241,7 @@ class Worker:
         self._printed.seek(max(0, self._printed.tell() - TOLD))
         printed = " ".join(self._printed.read().decode(errors="replace").split())
         said = f"; it printed: ...{printed}" if printed and kind in ("crash", "error") else ""
-        fault = Fault(f"{kind}: {what} (process {process.pid}, {self._engine}{said})")
+        fault = WorkerError(f"{kind}: {what} (process {process.pid}, {self._engine}{said})")
         self.close()
         return fault
 
@@ -254,7 +254,7 @@ def serve(engine: str, options: str) -> None:
 
     Args:
         engine: `MODULE:CLASS`. An object of the class has `reset(**request)` and `step(command)`, which return JSON
-            objects, and may raise `Unplayable`.
+            objects, and may raise `UnplayableError`.
         options: arguments of the class, a JSON object.
     """
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
@@ -263,13 +263,13 @@ def serve(engine: str, options: str) -> None:
     played: Any = None
     for line in requests:
         request = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, request.pop("seconds") + GRACE)  # ends the process
+        signal.setitimer(signal.ITIMER_REAL, request.pop("seconds"))  # ends the process
         try:
             if played is None:
                 module, _, name = engine.partition(":")
                 played = getattr(importlib.import_module(module), name)(**json.loads(options))
             answer = getattr(played, request.pop("do"))(**request)
-        except Unplayable as error:
+        except UnplayableError as error:
             answer = {"unplayable": str(error)}
         except Exception as error:  # whatever the engine raises, the parent is to know it
             answer = {"error": f"{type(error).__name__}: {error}"[:2000]}
