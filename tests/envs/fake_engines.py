@@ -67,4 +67,3 @@ class Missing:
 class NeverStarting:
     def reset(self, path):
         raise RuntimeError("the planner is tired")
-

@@ -147,7 +147,10 @@ def write_safe(root):
     ("command", "why"),
     [
         ("go to shelf 1", "timeout: no answer within 2 s"),
-        ("go to cart 1", "error: RuntimeError: ALFWorld's thread for THOR died of RuntimeError: the sim"),
+        (
+            "go to cart 1",
+            "error: RuntimeError: ALFWorld's thread for THOR died of RuntimeError: the sim",
+        ),
     ],
 )
 def test_a_worker_that_hangs_or_whose_thread_dies_is_replaced(over_fake, tmp_path, command, why):
@@ -186,5 +189,7 @@ def test_a_text_game_is_no_task_for_thor(monkeypatch, tmp_path):
     with pytest.raises(thor.UnplayableError, match=r"no plan, scene.object_poses.*of a text game"):
         thor._read(path.parent / "traj_data.json")
     assert len(thor.find_tasks(str(tmp_path), HEAT)) == 1
-    with pytest.raises(ContractError, match=r"no traj_data.json of type pick_cool.* \(of 1 there\)"):
+    with pytest.raises(
+        ContractError, match=r"no traj_data.json of type pick_cool.* \(of 1 there\)"
+    ):
         thor.find_tasks(str(tmp_path), COOL)

@@ -39,7 +39,10 @@ def worker_of(env):
 
 
 FAULTS = {
-    "help": ("crash: the process ended with 6 (SIGABRT)", "it printed: ...a game starts out of luck"),
+    "help": (
+        "crash: the process ended with 6 (SIGABRT)",
+        "it printed: ...a game starts out of luck",
+    ),
     "inventory": ("timeout: no answer within 1 s", "Failing"),
     "look": ("memory: ", "more than limits.memory_mb=300"),
     "examine": ("error: ValueError: no such rule", "a game starts"),

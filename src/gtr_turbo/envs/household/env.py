@@ -183,7 +183,9 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
             info["success"] = success
         return self._observation(), reward, terminated, truncated, info
 
-    def _give_up(self, fault: WorkerError) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+    def _give_up(
+        self, fault: WorkerError
+    ) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """End an episode whose worker failed, as no fault of the agent's."""
         warnings.warn(f"Household: {fault}; the episode is truncated", stacklevel=3)
         info = {**self._info(), "success": False, "fault": str(fault)}

@@ -191,7 +191,9 @@ class Real:
         answer = self._told(env.reset)
         sentence = _SENTENCE.search(answer["feedback"])
         if sentence is None:
-            raise UnplayableError(f"ALFWorld tells no task in {path}: {answer['feedback'][-200:]!r}")
+            raise UnplayableError(
+                f"ALFWorld tells no task in {path}: {answer['feedback'][-200:]!r}"
+            )
         return {**answer, "task": task["task_type"], "sentence": sentence[1]}
 
     def step(self, command: str) -> dict[str, Any]:

@@ -184,7 +184,9 @@ class Worker:
         process = self._process or self._start()
         assert process.stdin is not None
         try:
-            process.stdin.write(json.dumps({**request, "seconds": seconds + GRACE}).encode() + b"\n")
+            process.stdin.write(
+                json.dumps({**request, "seconds": seconds + GRACE}).encode() + b"\n"
+            )
             process.stdin.flush()
             answer = json.loads(self._line(process, seconds))
         except BrokenPipeError:
