@@ -1,8 +1,8 @@
-"""A fake simulator under ALFWorld's own classes. `AlfredThorEnv`, `ThorEnv`, `OracleAgent` and the tasks are the real ones.
+"""A fake simulator under ALFWorld's own classes: `AlfredThorEnv`, `ThorEnv`, `OracleAgent` and tasks are real.
 
-Replaced are `ai2thor.controller.Controller`, by a room with a few things that answers ALFWorld's actions with metadata
-like THOR's, and what cannot be imported here and is not used: OpenCV and the detector. Standing at the shelf hangs it,
-at the cart it dies. Runs in the worker: import it there before ALFWorld.
+Replaced are `ai2thor.controller.Controller`, by a room with a few things that answers ALFWorld's actions with
+metadata like THOR's, and what cannot be imported here and is not used: OpenCV and the detector. At the shelf it
+hangs, at the cart it dies. Runs in the worker: import it there before ALFWorld.
 """
 
 import json

@@ -13,6 +13,7 @@ from fake_thor import write_task
 from gtr_turbo.envs import ContractError, check_env, make_env
 from gtr_turbo.envs.household import files, thor
 from gtr_turbo.envs.household.generator import generate
+from gtr_turbo.envs.household.worker import Limits
 from gtr_turbo.envs.household.world import CLEAN, COOL, HEAT, LIGHT, PLACE, TWO
 
 needs_alfworld = pytest.mark.skipif(
@@ -62,8 +63,8 @@ def test_all_six_tasks_are_won_with_the_rewards_of_the_native_engine(over_fake, 
         PLACE: [51],
         TWO: [0.5, 50.5],
         LIGHT: [0.5, 50.5],
-        # cleaned, then in place and both at once
-        **dict.fromkeys((CLEAN, HEAT, COOL), [third, 50 + 2 * third]),
+        # treated; then in place, and both at once
+        **{task: [third, 50 + 2 * third] for task in (CLEAN, HEAT, COOL)},
     }
     env = None
     for task, way in WAYS.items():
@@ -72,12 +73,12 @@ def test_all_six_tasks_are_won_with_the_rewards_of_the_native_engine(over_fake, 
         # one worker plays all tasks: the simulator starts once
         env = env or over_fake(folder)
         env.unwrapped._backend._tasks = thor.find_tasks(str(folder), task)
-        observation, info = env.reset(seed=0)
+        _, info = env.reset(seed=0)
         assert info["task"] == task
         rewards = []
         for command in way:
             assert command in info["actions"]
-            observation, reward, terminated, truncated, info = env.step(command)
+            _, reward, terminated, truncated, info = env.step(command)
             rewards += [round(reward, 6)] if reward else []
         assert rewards == [round(value, 6) for value in paid[task]]
         assert (terminated, truncated, info["success"]) == (True, False, True)
@@ -125,9 +126,9 @@ def test_frames_prompt_history_and_facts(over_fake, tmp_path):
 def test_the_step_limit_is_ours_and_the_contract_holds(over_fake, tmp_path):
     write(tmp_path, PLACE)
     env = over_fake(tmp_path, early_truncation=False)
-    _, info = env.reset(seed=0)
+    env.reset(seed=0)
     for turn in range(50):
-        *_, terminated, truncated, info = env.step(("look", "inventory")[turn % 2])
+        *_, terminated, truncated, _ = env.step(("look", "inventory")[turn % 2])
         assert (terminated, truncated) == (False, turn == 49)
     env.unwrapped._backend._worker.close()
     # the places where the fake hangs and dies are of the next test
@@ -155,13 +156,16 @@ def write_safe(root):
 )
 def test_a_worker_that_hangs_or_whose_thread_dies_is_replaced(over_fake, tmp_path, command, why):
     write(tmp_path, PLACE)
-    env = over_fake(tmp_path, limits={"step": 2})
+    env = over_fake(tmp_path)
     before, _ = env.reset(seed=0)
+    if "shelf" in command:
+        env.unwrapped._backend._worker._limits = Limits(step=2)
     with pytest.warns(UserWarning, match="the episode is truncated"):
         observation, reward, terminated, truncated, info = env.step(command)
     assert info["fault"].startswith(why)
     assert (reward, terminated, truncated, info["success"]) == (0.0, False, True, False)
     assert np.array_equal(observation["image"], before["image"])
+    env.unwrapped._backend._worker._limits = Limits()
     env.reset(seed=1)
     for command in WAYS[PLACE]:
         *_, terminated, _, info = env.step(command)

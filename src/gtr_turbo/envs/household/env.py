@@ -18,7 +18,7 @@ from gtr_turbo.envs.household.engine import NOTHING, Engine
 from gtr_turbo.envs.household.native import Backend, Native
 from gtr_turbo.envs.household.textworld import TextWorld
 from gtr_turbo.envs.household.thor import Thor, find_tasks
-from gtr_turbo.envs.household.worker import WorkerError, Limits
+from gtr_turbo.envs.household.worker import Limits, WorkerError
 from gtr_turbo.envs.household.world import CLEAN, COOL, HEAT, LIGHT, PLACE, TWO
 
 TYPES = {"place": PLACE, "two": TWO, "light": LIGHT, "clean": CLEAN, "heat": HEAT, "cool": COOL}

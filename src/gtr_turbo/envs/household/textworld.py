@@ -1,7 +1,7 @@
 """ALFWorld's own text engine as a backend: the real rules and words, in a watched process.
 
-Our engine plays the same game beside it. It draws the frames, counts the goal conditions and gives the expert; and
-whenever the two differ in a word the game stops with `DifferenceError`. Neither package is imported outside the worker.
+Our engine plays the same game beside it. It draws the frames, counts the goal conditions and gives the expert;
+whenever the two differ in a word the game stops with `DifferenceError`. ALFWorld is imported in the worker only.
 """
 
 from __future__ import annotations

@@ -143,7 +143,10 @@ class Worker:
             ) from fault
 
     def _reset(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        seconds = self._limits.start if self._process is None else self._limits.reset
+        seconds = self._limits.start
+        if self._process is not None:
+            seconds = self._limits.reset
+            self._printed.truncate(self._printed.seek(0))  # the worker writes at the same position
         return self._ask({**request, "do": "reset"}, seconds)
 
     def step(self, command: str) -> dict[str, Any]:
@@ -193,6 +196,9 @@ class Worker:
             raise self._failed("crash") from None
         except ValueError:
             raise self._failed("error", "its answer is no JSON") from None
+        except KeyboardInterrupt:  # its answer would be taken for that to the next request
+            self.close()
+            raise
         if not isinstance(answer, dict):
             raise self._failed("error", "its answer is no JSON object")
         if "unplayable" in answer:
