@@ -56,7 +56,7 @@ def test_an_agent_sees_the_same_through_the_real_engine_and_through_ours(real, t
             if shown[0][2]:
                 break
         assert shown[0][-1]["success"]
-        pids.add(pair[0].unwrapped._backend._worker.pid)
+        pids.add(pair[0].unwrapped._backend.worker.pid)
     assert len(pids) == 2  # a process for each environment, not for each game
 
 

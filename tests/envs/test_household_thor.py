@@ -83,7 +83,7 @@ def test_all_six_tasks_are_won_with_the_rewards_of_the_native_engine(over_fake, 
         assert rewards == [round(value, 6) for value in paid[task]]
         assert (terminated, truncated, info["success"]) == (True, False, True)
         assert json.dumps(info)  # no numpy values
-    assert env.unwrapped._backend._worker.pid is not None
+    assert env.unwrapped._backend.worker.pid is not None
 
 
 @needs_alfworld
@@ -130,7 +130,7 @@ def test_the_step_limit_is_ours_and_the_contract_holds(over_fake, tmp_path):
     for turn in range(50):
         *_, terminated, truncated, _ = env.step(("look", "inventory")[turn % 2])
         assert (terminated, truncated) == (False, turn == 49)
-    env.unwrapped._backend._worker.close()
+    env.unwrapped._backend.worker.close()
     # the places where the fake hangs and dies are of the next test
     write_safe(tmp_path)
     check_env(env, episodes=1)
@@ -159,13 +159,13 @@ def test_a_worker_that_hangs_or_whose_thread_dies_is_replaced(over_fake, tmp_pat
     env = over_fake(tmp_path)
     before, _ = env.reset(seed=0)
     if "shelf" in command:
-        env.unwrapped._backend._worker._limits = Limits(step=2)
+        env.unwrapped._backend.worker._limits = Limits(step=2)
     with pytest.warns(UserWarning, match="the episode is truncated"):
         observation, reward, terminated, truncated, info = env.step(command)
     assert info["fault"].startswith(why)
     assert (reward, terminated, truncated, info["success"]) == (0.0, False, True, False)
     assert np.array_equal(observation["image"], before["image"])
-    env.unwrapped._backend._worker._limits = Limits()
+    env.unwrapped._backend.worker._limits = Limits()
     env.reset(seed=1)
     for command in WAYS[PLACE]:
         *_, terminated, _, info = env.step(command)

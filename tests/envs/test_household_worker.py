@@ -35,7 +35,7 @@ def beside(monkeypatch):
 
 
 def worker_of(env):
-    return env.unwrapped._backend._worker
+    return env.unwrapped._backend.worker
 
 
 FAULTS = {

@@ -37,7 +37,7 @@ class TextWorld(Native):
 
     def __init__(self, task: str | None, split: str, given: Sequence[Path], limits: Limits) -> None:
         super().__init__(task, split, given)
-        self._worker = Worker(ENGINE, {}, limits)
+        self.worker = Worker(ENGINE, {}, limits)
         self._folder = Path(tempfile.mkdtemp(prefix="household-"))
         self._finalizer = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
@@ -47,7 +47,7 @@ class TextWorld(Native):
         self._name = str(path or f"generated in scene {game.scene}")
         file = path or export(game, self._folder, "game", solve(game))
         try:
-            answer = self._worker.reset(path=str(file.resolve()))
+            answer = self.worker.reset(path=str(file.resolve()))
         finally:
             if path is None:
                 shutil.rmtree(file.parents[1])
@@ -56,7 +56,7 @@ class TextWorld(Native):
 
     def step(self, command: str) -> str:
         """Play a command in both engines."""
-        answer = self._worker.step(command)
+        answer = self.worker.step(command)
         feedback = super().step(command)
         self._compare(repr(command), answer, feedback)
         return feedback
@@ -65,7 +65,7 @@ class TextWorld(Native):
         ours = {"feedback": feedback, "commands": self.commands, "won": self.won}
         for key, mine in ours.items():
             if answer.get(key) != mine:
-                self._worker.close()
+                self.worker.close()
                 raise DifferenceError(
                     f"Household: after {after} of the game {self._name} the {key} of ALFWorld's engine, "
                     f"{answer.get(key)!r}, is not that of ours, {mine!r}. Please report the game; "
@@ -74,7 +74,7 @@ class TextWorld(Native):
 
     def close(self) -> None:
         """End the worker and remove the temporary folder."""
-        self._worker.close()
+        self.worker.close()
         self._finalizer()
 
 

@@ -87,7 +87,7 @@ class Thor:
 
     def __init__(self, tasks: Sequence[Path], size: int, limits: Limits) -> None:
         self._tasks = tasks
-        self._worker = Worker(ENGINE, {"size": size}, limits)
+        self.worker = Worker(ENGINE, {"size": size}, limits)
 
     def begin(self, rng: np.random.Generator, game: Game | None = None) -> str:
         """Start one of the tasks."""
@@ -95,13 +95,13 @@ class Thor:
             raise ContractError("Household: backend='thor' plays its own tasks, no given game")
         path = self._tasks[int(rng.integers(len(self._tasks)))]
         seed = int(rng.integers(2**31))  # of the choice among ways to say the task
-        answer = self._worker.reset(path=str(path.resolve()), seed=seed)
+        answer = self.worker.reset(path=str(path.resolve()), seed=seed)
         self.task, self.sentence = str(answer["task"]), str(answer["sentence"])
         return self._take(answer)
 
     def step(self, command: str) -> str:
         """Play a command."""
-        return self._take(self._worker.step(command))
+        return self._take(self.worker.step(command))
 
     def _take(self, answer: dict[str, Any]) -> str:
         self.commands = [str(command) for command in answer["commands"]]
@@ -125,7 +125,7 @@ class Thor:
 
     def close(self) -> None:
         """End the worker, and with it the simulator."""
-        self._worker.close()
+        self.worker.close()
 
 
 def understood(command: str, version: str) -> str:
