@@ -50,7 +50,8 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         changes nothing.
     Observation: a symbolic rendering of the state, not a frame of AI2-THOR: the room in the beginning, later the
         receptacle the agent stands at, with its contents unless it is closed, and the hand. The prompt has the
-        task, the past actions and the admissible commands, and no description of the scene.
+        task, the past actions and the admissible commands, and no description of the scene. With the backend
+        `thor` the image is the simulator's.
     Reward: 50 when the task is done, plus the change of the goal-condition fraction (ALFRED's), minus 1 for an
         inadmissible action.
     Episode end: terminated when the task is done. With `early_truncation`, a step that does not do it ends the
