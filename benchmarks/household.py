@@ -9,8 +9,8 @@ random commands, and go on after the game is won; some commands are inadmissible
 
 Speeds: of our engine; of the environment with frames; and of the backends `native` and `textworld`, the same
 commands in the same games, without frames, in turns. The last two are in CPU time, which other work on the machine
-changes less. The backend parses each text of the grammar once and is about twice as fast as the unchanged engine
-that is compared. `--games 0` needs no ALFWorld and measures only what is ours.
+changes less. The backend parses each text of the grammar once, unlike the unchanged engine that is compared.
+`--games 0` needs no ALFWorld and measures only what is ours.
 """
 
 from __future__ import annotations
