@@ -55,7 +55,7 @@ class Learner:
         """The start of a run: the first episodes, and the starting model as teacher. No state is known yet."""
         self._envs.start()
         self.policy.load_teacher(
-            {name: torch.zeros_like(delta) for name, delta in self.policy.deltas()}
+            (name, torch.zeros_like(delta)) for name, delta in self.policy.deltas()
         )
         return {}
 
@@ -103,7 +103,7 @@ class Learner:
         self._history.add(self.policy.deltas())
         self.teacher_age += 1
         if self._history.merge_is_due(iteration):
-            self.policy.load_teacher(self._history.merge())
+            self.policy.load_teacher(self._history.merged())
             self.teacher_age = 0
         clock.lap("merge")
         return _teacher_metrics(self.policy, batch, self._history, self._config, self.teacher_age)
@@ -203,8 +203,8 @@ def _teacher_metrics(
     policy: Policy, batch: Batch, history: History, config: TrainConfig, age: int
 ) -> dict[str, float]:
     """The `teacher` group."""
-    square = sum(float((delta**2).sum()) for _, delta in policy.deltas())
-    metrics = {"teacher/age": float(age), "teacher/student_distance": square**0.5}
+    metrics = {"teacher/age": float(age), "teacher/student_distance": policy.student_distance()}
+    metrics |= policy.mover.take()
     metrics["teacher/distance"] = policy.teacher_distance()
     metrics["teacher/zero_fraction"] = history.zero_fraction
     if batch.kl_tokens is not None:
