@@ -150,7 +150,7 @@ def _minibatch(
     assert batch.returns is not None
     for micro in by_length(batch.inputs, rows).split(config.microbatch_turns):
         inputs = select(batch.inputs, micro)
-        scores = score(policy, inputs)
+        scores = score(policy, inputs, entropy_gradient=config.entropy_coef != 0)
         real = inputs.response_mask.to(scores.logprobs.device)
         surrogate, log_ratio = _policy_loss(scores, batch, micro, config)
         hidden = scores.hidden if config.value_gradient else scores.hidden.detach()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ class Policy(nn.Module):
         self._teacher_norm = 0.0
         self._inside = False
         self._hidden: list[Tensor] = []
+        self._columns: slice | None = None
         base.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
         self._accepts = set(inspect.signature(base.forward).parameters)
         self._positions: dict[tuple[bytes, tuple[int, ...]], Tensor] = {}
@@ -365,18 +366,45 @@ class Policy(nn.Module):
         grid = torch.cat([o.grid for o in observed if o.grid is not None]).to(self.device)
         return {"mm_encoder_outputs": {"image": output}, "image_grid_thw": grid}
 
-    def _keep_hidden(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def _keep_hidden(
+        self, module: nn.Module, arguments: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...] | None:
+        if self._columns is None:  # the head by itself, on states of an earlier pass
+            return None
         self._hidden.append(arguments[0])
+        return (arguments[0][:, self._columns], *arguments[1:])
 
-    def forward_hidden(self, **arguments: Any) -> tuple[Any, Tensor]:
-        """One forward pass; returns its output and the hidden states (B, kept, D) behind its logits."""
+    def forward_hidden(
+        self, *, columns: slice = slice(None), **arguments: Any
+    ) -> tuple[Any, Tensor]:
+        """One forward pass; returns its output and the hidden states (B, kept, D) behind its logits.
+
+        The output has logits only in the given columns of those kept; the hidden states are all there.
+        """
         if "mm_token_type_ids" in self._accepts and "image_grid_thw" in arguments:
             kinds = (arguments["input_ids"] == self.processor.image_token_id).int()
             arguments["mm_token_type_ids"] = kinds
         self._hidden.clear()
-        output = self._plain(**arguments)
-        hidden = self._hidden.pop()
-        return output, hidden
+        self._columns = columns
+        try:
+            output = self._plain(**arguments)
+        finally:
+            self._columns = None
+        return output, self._hidden.pop()
+
+    def forward_states(self, **arguments: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """One forward pass without its logits.
+
+        Returns:
+            (states (B, kept, S), hidden states (B, kept, D), function from states (N, S) to logits (N, V)).
+            Qwen's logits are a linear map of the hidden states, which are the states then. Other models may
+            do more to them, so their states are the logits, in the model's own type.
+        """
+        if self.processor.native:
+            _, hidden = self.forward_hidden(columns=slice(0, 1), **arguments)
+            return hidden, hidden, self._plain.get_output_embeddings()
+        output, hidden = self.forward_hidden(**arguments)
+        return output.logits, hidden, nn.Identity()
 
     def policy_logits(self, logits: Tensor, temperature: float | None = None) -> Tensor:
         """Float32 logits of the policy: banned tokens at -inf, divided by the sampling temperature."""
