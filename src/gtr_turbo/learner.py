@@ -14,6 +14,7 @@ from gtr_turbo.collect import MINIBATCHES, SAMPLING, TEACHING, Envs, collect, st
 from gtr_turbo.config import TrainConfig
 from gtr_turbo.learning.advantages import assign_credit
 from gtr_turbo.learning.update import Imitation, make_optimizer, update
+from gtr_turbo.policy.memory import CudaMeter, Microbatch
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.teacher.external import Corrector, correct
 from gtr_turbo.teacher.guidance import guide
@@ -39,6 +40,9 @@ class Learner:
             config.model, temperature=config.sampling.temperature, seed=config.seed
         )
         self._optimizer = make_optimizer(self.policy, config.ppo)
+        device = self.policy.device
+        meter = CudaMeter(device) if device.type == "cuda" else None
+        self._micro = Microbatch(config.ppo, note, meter)
         self._envs = Envs(config.env, config.env.train_split, config.seed)
         self._history = History(config.teacher)
         self._memory = Memory(run / "imitation", config.guidance.imitation.limit)
@@ -77,7 +81,11 @@ class Learner:
         turns = collect(self._envs, policy, config.sampling, config.rollout, generator)
         clock.lap("collect")
         batch = make_batch(turns, config.env.num_envs, policy.processor.pad_token_id)
-        batch = guide(batch, policy, config.guidance, microbatch_turns=config.ppo.microbatch_turns)
+        self._micro.measure(policy, batch.inputs.observed, config.sampling.max_new_tokens)
+        played = batch
+        batch = self._micro.attempt(
+            lambda turns: guide(played, policy, config.guidance, microbatch_turns=turns)
+        )
         clock.lap("guide")
         told, imitation = _imitate(
             policy, turns, self._envs, self._memory, self._corrector, config, iteration
@@ -94,6 +102,7 @@ class Learner:
             progress_after=(iteration + 1) / config.num_updates,
             max_logprob_gap=config.rollout.max_logprob_gap,
             imitation=imitation,
+            microbatch=self._micro,
         )
         clock.lap("update")
         return turns, batch, stats | told
@@ -177,10 +186,8 @@ def _imitate(
     if not memory.targets or not weight:
         return told, None
 
-    def losses(draws: torch.Generator) -> Iterator[tuple[Tensor, float]]:
-        for loss, number in imitation_loss(
-            policy, memory, own.samples, draws, microbatch=config.ppo.microbatch_turns
-        ):
+    def losses(draws: torch.Generator, turns: int) -> Iterator[tuple[Tensor, float]]:
+        for loss, number in imitation_loss(policy, memory, own.samples, draws, microbatch=turns):
             yield weight * loss, number
 
     return told, losses
