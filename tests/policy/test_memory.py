@@ -53,7 +53,7 @@ def test_auto_fills_the_room_it_measured_and_no_more(tiny):
 
         def took(turns):
             counter.peak = before = counter.live
-            inputs = inputs_of(policy, observed[:turns], [torch.full((20,), 5)] * turns)
+            inputs = inputs_of(policy, observed[:turns], [torch.full((20,), 300)] * turns)
             score(policy, inputs).logprobs.sum().backward()
             policy.zero_grad()
             return counter.peak - before
