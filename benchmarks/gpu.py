@@ -469,6 +469,23 @@ def run_model(
         write(options.out, result)
 
 
+def host_memory(name: str) -> dict[str, float]:
+    """GB (10^9 bytes) that a LoRA run keeps on the host, from the shapes alone, by `model.vision`."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        whole = AutoModelForImageTextToText.from_config(architecture(name))
+    modules = dict(whole.named_modules())
+    found = {"parameters": float(sum(p.numel() for p in whole.parameters()))}
+    for vision in ("frozen", "trained"):
+        layers = loading.linear_layers(whole, vision=vision == "trained")
+        count = sum(modules[layer].weight.numel() for layer in layers)
+        found[f"base_gb_{vision}"] = found[f"teacher_gb_{vision}"] = 2 * count / 1e9
+        found[f"ties_history_gb_{vision}"] = 16 * count / 1e9
+        found[f"linear_history_gb_{vision}"] = 4 * count / 1e9
+    return found
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -482,7 +499,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny models, on the CPU")
+    parser.add_argument("--host", action="store_true", help="only print the host memory of a run")
     options = parser.parse_args(arguments)
+    if options.host:
+        print(json.dumps({name: host_memory(name) for name in options.models}, indent=1))
+        return
     if options.small:
         options.device, options.envs, options.reply_tokens, options.published_steps = "cpu", 2, 6, 1
     elif not torch.cuda.is_available():

@@ -34,6 +34,15 @@ def test_the_architectures_have_the_published_numbers_of_parameters(gpu, name, p
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
+def test_the_host_memory_of_a_run_by_hand(gpu):
+    layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944
+    found = gpu.host_memory("qwen2.5-vl-7b")
+    assert found["teacher_gb_frozen"] == 2 * 28 * layer / 1e9
+    block = 1280 * 3840 + 1280 * 1280 + 3 * 1280 * 3420
+    tower = 32 * block + 5120 * 5120 + 5120 * 3584
+    assert found["ties_history_gb_trained"] == 16 * (28 * layer + tower) / 1e9
+
+
 def test_a_small_run_measures_every_part_and_writes_it(gpu, tmp_path):
     arguments = ["--small", "--models", "qwen2.5-vl-7b", "--out", str(tmp_path / "gpu")]
     gpu.main(arguments)

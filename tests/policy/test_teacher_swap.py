@@ -6,6 +6,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from gtr_turbo.policy import swap
+from gtr_turbo.policy.model import _product
 from gtr_turbo.policy.scoring import score
 from tiny import inputs_of, make_policy, observations, perturb, responses
 
@@ -270,6 +271,24 @@ def test_with_adapters_only_the_teacher_and_the_base_move_and_the_base_is_kept_o
     held = {tensor.data_ptr() for tensor in policy._teacher.values()}
     policy.load_teacher(noise(policy, seed=2))  # the next merge takes the place of the last
     assert {tensor.data_ptr() for tensor in policy._teacher.values()} == held
+
+
+def test_changes_are_made_of_exact_products_where_passes_may_round(tiny):
+    policy = make_policy(tiny, **LORA, **BF16)
+    assert torch.backends.cuda.matmul.allow_tf32  # for passes on a GPU
+    changes = policy.deltas()
+    next(changes)
+    assert torch.backends.cuda.matmul.allow_tf32
+    seen = []
+
+    class Watched(torch.Tensor):
+        def __matmul__(self, other):
+            seen.append(torch.backends.cuda.matmul.allow_tf32)
+            return super().__matmul__(other)
+
+    product = _product(torch.eye(2).as_subclass(Watched), torch.full((2, 2), 3.0))
+    assert product.tolist() == [[3.0, 3.0], [3.0, 3.0]]
+    assert seen == [False]
 
 
 def test_a_swap_within_a_swap_is_refused(tiny):

@@ -76,6 +76,9 @@ class Policy(nn.Module):
         self.value_head = ValueHead(base.config.get_text_config().hidden_size)
         self.to(torch.device(config.device))
         self.model.eval()
+        if config.dtype == "bfloat16":
+            # adapters are float32, and without it their products take as long as those of the base
+            torch.backends.cuda.matmul.allow_tf32 = True
         self.mover = Mover(self.device)
         self._start: dict[str, Tensor] | None = None
         if config.train == "full":
@@ -138,7 +141,7 @@ class Policy(nn.Module):
             return
         for name, layer in self._adapted():
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            change = layer.scaling["default"] * (b.float() @ a.float())
+            change = layer.scaling["default"] * _product(b, a)
             yield name, change - self._first_change(name, layer)
 
     def _copy_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -156,7 +159,7 @@ class Policy(nn.Module):
         if name not in self._first_factors:
             return torch.zeros((), device=self.device)
         a, b = self._first_factors[name]
-        change: Tensor = layer.scaling["default"] * (b @ a)
+        change: Tensor = layer.scaling["default"] * _product(b, a)
         return change
 
     def _adapted(self) -> Iterator[tuple[str, Any]]:
@@ -410,3 +413,13 @@ class Policy(nn.Module):
         """Float32 logits of the policy: banned tokens at -inf, divided by the sampling temperature."""
         logits = logits.float().masked_fill(self.banned, -torch.inf)
         return logits / (self.temperature if temperature is None else temperature)
+
+
+def _product(b: Tensor, a: Tensor) -> Tensor:
+    """B A in full float32, also where the adapters' own passes round their factors (TF32)."""
+    rounds = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        return b.float() @ a.float()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = rounds
