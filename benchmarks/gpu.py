@@ -326,7 +326,7 @@ def measure_merge(bench: Bench) -> dict[str, Any]:
     policy, history = bench.policy, History(TeacherConfig())
     layers = list(policy._adapted())
     last = layers[-14:]
-    with mock.patch.object(policy, "_adapted", lambda: iter(last)):
+    with mock.patch.object(policy, "_adapted", return_value=last):
         history.add(policy.deltas())  # the sums' memory, and the kernels' compilation
         add = timed(lambda: history.add(policy.deltas()), policy.device)
     out = timed(lambda: list(history.merged()), policy.device)
