@@ -230,5 +230,5 @@ def load(
     if state["teacher_age"]:
         policy.load_teacher_state(load_file(folder / "teacher.safetensors"))
     else:
-        policy.load_teacher(history.merge())
+        policy.load_teacher(history.merged())
     return state

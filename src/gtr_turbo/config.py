@@ -136,8 +136,9 @@ class PPOConfig:
     """Passes over the turns of an update."""
     minibatch_turns: int = 128
     """Turns per optimizer step."""
-    microbatch_turns: int = 64
-    """Turns per forward pass; gradients are accumulated up to `minibatch_turns`."""
+    microbatch_turns: int | Literal["auto"] = 64
+    """Turns per forward pass; gradients are accumulated up to `minibatch_turns`. `auto`: what the GPU's free memory
+    holds, measured in the first update (64 on a CPU). Where memory runs out, it is halved."""
     clip: float = 0.2
     """Clip range of the ratio and of the value."""
     ratio: Literal["sequence", "token"] = "token"
@@ -166,7 +167,7 @@ class PPOConfig:
     def __post_init__(self) -> None:
         positive(
             self, "lr", "value_lr", "adam_eps", "max_grad_norm", "epochs", "minibatch_turns",
-            "microbatch_turns", "clip", "length_scale", "normalize_eps",
+            "clip", "length_scale", "normalize_eps",
         )  # fmt: skip
         not_negative(
             self,
@@ -178,6 +179,9 @@ class PPOConfig:
             "entropy_coef",
         )
         fraction(self, "gamma", "gae_lambda")
+        if self.microbatch_turns == "auto":
+            return
+        positive(self, "microbatch_turns")
         if self.minibatch_turns % self.microbatch_turns:
             raise ConfigError(
                 f"ppo.microbatch_turns={self.microbatch_turns} must divide ppo.minibatch_turns="

@@ -14,6 +14,7 @@ from gtr_turbo.collect import MINIBATCHES, SAMPLING, TEACHING, Envs, collect, st
 from gtr_turbo.config import TrainConfig
 from gtr_turbo.learning.advantages import assign_credit
 from gtr_turbo.learning.update import Imitation, make_optimizer, update
+from gtr_turbo.policy.memory import CudaMeter, Microbatch
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.teacher.external import Corrector, correct
 from gtr_turbo.teacher.guidance import guide
@@ -39,6 +40,9 @@ class Learner:
             config.model, temperature=config.sampling.temperature, seed=config.seed
         )
         self._optimizer = make_optimizer(self.policy, config.ppo)
+        device = self.policy.device
+        meter = CudaMeter(device) if device.type == "cuda" else None
+        self._micro = Microbatch(config.ppo, note, meter)
         self._envs = Envs(config.env, config.env.train_split, config.seed)
         self._history = History(config.teacher)
         self._memory = Memory(run / "imitation", config.guidance.imitation.limit)
@@ -55,7 +59,7 @@ class Learner:
         """The start of a run: the first episodes, and the starting model as teacher. No state is known yet."""
         self._envs.start()
         self.policy.load_teacher(
-            {name: torch.zeros_like(delta) for name, delta in self.policy.deltas()}
+            (name, torch.zeros_like(delta)) for name, delta in self.policy.deltas()
         )
         return {}
 
@@ -77,7 +81,11 @@ class Learner:
         turns = collect(self._envs, policy, config.sampling, config.rollout, generator)
         clock.lap("collect")
         batch = make_batch(turns, config.env.num_envs, policy.processor.pad_token_id)
-        batch = guide(batch, policy, config.guidance, microbatch_turns=config.ppo.microbatch_turns)
+        self._micro.measure(policy, batch.inputs.observed, config.sampling.max_new_tokens)
+        played = batch
+        batch = self._micro.attempt(
+            lambda turns: guide(played, policy, config.guidance, microbatch_turns=turns)
+        )
         clock.lap("guide")
         told, imitation = _imitate(
             policy, turns, self._envs, self._memory, self._corrector, config, iteration
@@ -94,6 +102,7 @@ class Learner:
             progress_after=(iteration + 1) / config.num_updates,
             max_logprob_gap=config.rollout.max_logprob_gap,
             imitation=imitation,
+            microbatch=self._micro,
         )
         clock.lap("update")
         return turns, batch, stats | told
@@ -103,7 +112,7 @@ class Learner:
         self._history.add(self.policy.deltas())
         self.teacher_age += 1
         if self._history.merge_is_due(iteration):
-            self.policy.load_teacher(self._history.merge())
+            self.policy.load_teacher(self._history.merged())
             self.teacher_age = 0
         clock.lap("merge")
         return _teacher_metrics(self.policy, batch, self._history, self._config, self.teacher_age)
@@ -177,10 +186,8 @@ def _imitate(
     if not memory.targets or not weight:
         return told, None
 
-    def losses(draws: torch.Generator) -> Iterator[tuple[Tensor, float]]:
-        for loss, number in imitation_loss(
-            policy, memory, own.samples, draws, microbatch=config.ppo.microbatch_turns
-        ):
+    def losses(draws: torch.Generator, turns: int) -> Iterator[tuple[Tensor, float]]:
+        for loss, number in imitation_loss(policy, memory, own.samples, draws, microbatch=turns):
             yield weight * loss, number
 
     return told, losses
@@ -203,8 +210,8 @@ def _teacher_metrics(
     policy: Policy, batch: Batch, history: History, config: TrainConfig, age: int
 ) -> dict[str, float]:
     """The `teacher` group."""
-    square = sum(float((delta**2).sum()) for _, delta in policy.deltas())
-    metrics = {"teacher/age": float(age), "teacher/student_distance": square**0.5}
+    metrics = {"teacher/age": float(age), "teacher/student_distance": policy.student_distance()}
+    metrics |= policy.mover.take()
     metrics["teacher/distance"] = policy.teacher_distance()
     metrics["teacher/zero_fraction"] = history.zero_fraction
     if batch.kl_tokens is not None:

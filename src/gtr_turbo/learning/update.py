@@ -5,6 +5,7 @@ Holds `loss.backward()` and `optimizer.step()`. Guidance arrives inside the batc
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from gtr_turbo.config import PPOConfig
 from gtr_turbo.learning import losses
+from gtr_turbo.policy.memory import Microbatch
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.scoring import Scores, score
 from gtr_turbo.turns.batch import Batch, by_length, select
@@ -22,8 +24,8 @@ class TrainingError(RuntimeError):
     """Training cannot go on: a loss or gradient is not finite, or sampler and scoring disagree."""
 
 
-Imitation = Callable[[torch.Generator], Iterator[tuple[Tensor, float]]]
-"""Yields weighted losses, micro-batch by micro-batch, and their values."""
+Imitation = Callable[[torch.Generator, int], Iterator[tuple[Tensor, float]]]
+"""Yields weighted losses, micro-batch by micro-batch of so many turns, and their values."""
 
 
 def make_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.AdamW:
@@ -78,6 +80,7 @@ def update(
     progress_after: float,
     max_logprob_gap: float,
     imitation: Imitation | None = None,
+    microbatch: Microbatch | None = None,
 ) -> dict[str, float]:
     """Train on one batch; returns the `ppo` and `critic` groups of docs/metrics.md, and `thought/entropy`.
 
@@ -92,6 +95,7 @@ def update(
         max_logprob_gap: bound on the mean absolute difference between the log-probs recorded at sampling
             and those of the first minibatch, before any step.
         imitation: adds the gradient of its own loss to each step.
+        microbatch: turns per forward pass, if not simply those of `config`.
 
     Raises:
         TrainingError: a gradient is not finite, or the bound is passed. No step is made then.
@@ -100,6 +104,7 @@ def update(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, list[float]] = defaultdict(list)
+    microbatch = microbatch or Microbatch(config, warnings.warn)
     steps_per_epoch = len(batch) // config.minibatch_turns
     total = config.epochs * steps_per_epoch
     policy.model.train()
@@ -112,15 +117,25 @@ def update(
                 config.lr, config.lr_final, progress + (progress_after - progress) * step / total
             )
             optimizer.param_groups[0]["lr"] = lr
-            _minibatch(policy, batch, order[at : at + config.minibatch_turns], config, sums)
+            rows, drawn = order[at : at + config.minibatch_turns], generator.get_state()
+
+            def accumulate(
+                turns: int, rows: Tensor = rows, drawn: Tensor = drawn
+            ) -> dict[str, float]:
+                optimizer.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
+                generator.set_state(drawn)
+                found = _minibatch(policy, batch, rows, config, turns)
+                if imitation is not None:
+                    found["imitation/loss"] = 0.0
+                    for loss, number in imitation(generator, turns):
+                        loss.backward()
+                        found["imitation/loss"] += number
+                return found
+
+            for name, number in microbatch.attempt(accumulate).items():
+                sums[name].append(number)
             if step == 0:
                 _check_gap(sums, max_logprob_gap)
-            if imitation is not None:
-                numbers = []
-                for loss, number in imitation(generator):
-                    loss.backward()
-                    numbers.append(number)
-                sums["imitation/loss"].append(sum(numbers))
             _step(policy, optimizer, config, sums)
     finally:
         policy.model.eval()
@@ -131,6 +146,7 @@ def update(
     stats["ppo/first_log_ratio"] = sums["ppo/log_ratio_max"][0]
     del stats["ppo/log_ratio_max"], stats["ppo/log_ratio_abs"]
     stats["ppo/lr"] = lr
+    stats["system/microbatch_turns"] = float(microbatch.turns)
     stats["critic/explained_variance_before"] = losses.explained_variance(
         batch.old_values, batch.returns
     )
@@ -144,13 +160,20 @@ def cosine(first: float, last: float, fraction: float) -> float:
 
 
 def _minibatch(
-    policy: Policy, batch: Batch, rows: Tensor, config: PPOConfig, sums: dict[str, list[float]]
-) -> None:
-    """Accumulate the gradients of one minibatch; micro-batches hold turns of like length."""
+    policy: Policy, batch: Batch, rows: Tensor, config: PPOConfig, turns: int
+) -> dict[str, float]:
+    """Accumulate the gradients of one minibatch; returns its numbers.
+
+    Micro-batches hold turns of like length. Gradients and numbers do not depend on `turns` of each: means
+    are over the turns or tokens of the whole minibatch.
+    """
     assert batch.returns is not None
-    for micro in by_length(batch.inputs, rows).split(config.microbatch_turns):
+    found: dict[str, float] = defaultdict(float)
+    tokens = max(1, int(batch.inputs.response_mask[rows].sum()))
+    thoughts = int(batch.thought_mask[rows].sum())
+    for micro in by_length(batch.inputs, rows).split(turns):
         inputs = select(batch.inputs, micro)
-        scores = score(policy, inputs)
+        scores = score(policy, inputs, entropy_gradient=config.entropy_coef != 0)
         real = inputs.response_mask.to(scores.logprobs.device)
         surrogate, log_ratio = _policy_loss(scores, batch, micro, config)
         hidden = scores.hidden if config.value_gradient else scores.hidden.detach()
@@ -164,20 +187,22 @@ def _minibatch(
         (loss.sum() / len(rows)).backward()
         with torch.no_grad():
             ratio = log_ratio.exp()
-            clipped = ((ratio - 1).abs() > config.clip).float()
             thought = batch.thought_mask[micro, : real.shape[1]].to(real.device)
-            if thought.any():
-                sums["thought/entropy"].append(float(losses.masked_mean(scores.entropy, thought)))
             for name, number in {
-                "ppo/policy_loss": surrogate.mean(),
-                "ppo/entropy": entropy.mean(),
-                "ppo/approx_kl": losses.masked_mean(ratio - 1 - log_ratio, real),
-                "ppo/clip_fraction": losses.masked_mean(clipped, real),
-                "ppo/log_ratio_max": log_ratio.abs().max(),
-                "ppo/log_ratio_abs": losses.masked_mean(log_ratio.abs(), real),
-                "critic/loss": value.mean(),
+                "ppo/policy_loss": surrogate.sum() / len(rows),
+                "ppo/entropy": entropy.sum() / len(rows),
+                "critic/loss": value.sum() / len(rows),
+                "ppo/approx_kl": (ratio - 1 - log_ratio)[real].sum() / tokens,
+                "ppo/clip_fraction": ((ratio - 1).abs() > config.clip)[real].sum() / tokens,
+                "ppo/log_ratio_abs": log_ratio.abs()[real].sum() / tokens,
             }.items():
-                sums[name].append(float(number))
+                found[name] += float(number)
+            found["ppo/log_ratio_max"] = max(
+                found["ppo/log_ratio_max"], float(log_ratio.abs().max())
+            )
+            if thoughts:
+                found["thought/entropy"] += float(scores.entropy[thought].sum()) / thoughts
+    return found
 
 
 def _check_gap(sums: dict[str, list[float]], bound: float) -> None:

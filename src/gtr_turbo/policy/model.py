@@ -8,8 +8,9 @@ bit for bit.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from gtr_turbo.config import ModelConfig
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.loading import add_adapters, is_vision, load, takes_features
 from gtr_turbo.policy.processing import Processor
+from gtr_turbo.policy.swap import Mover, host_like
 from gtr_turbo.turns.turn import Observed
 
 
@@ -74,11 +76,21 @@ class Policy(nn.Module):
         self.value_head = ValueHead(base.config.get_text_config().hidden_size)
         self.to(torch.device(config.device))
         self.model.eval()
-        self._start = None if config.train == "lora" else self._copy_trained()
+        if config.dtype == "bfloat16":
+            # adapters are float32, and without it their products take as long as those of the base
+            torch.backends.cuda.matmul.allow_tf32 = True
+        self.mover = Mover(self.device)
+        self._start: dict[str, Tensor] | None = None
+        if config.train == "full":
+            self._start = host_like(self._exchanged())
+            self.mover.copy((self._start[n], p) for n, p in self._exchanged().items())
         self._first_factors = self._copy_factors() if config.adapter else {}
+        self._own: dict[str, Tensor] = {}
         self._teacher: dict[str, Tensor] | None = None
         self._teacher_norm = 0.0
+        self._inside = False
         self._hidden: list[Tensor] = []
+        self._columns: slice | None = None
         base.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
         self._accepts = set(inspect.signature(base.forward).parameters)
         self._positions: dict[tuple[bytes, tuple[int, ...]], Tensor] = {}
@@ -98,8 +110,11 @@ class Policy(nn.Module):
         """Parameters of the model (not of the critic) that training changes, by name."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
-    def _copy_trained(self) -> dict[str, Tensor]:
-        return {n: p.detach().to("cpu", torch.float32).clone() for n, p in self.trained().items()}
+    def _exchanged(self) -> dict[str, Tensor]:
+        """What the teacher replaces: the trained parameters, or the base weights below the adapters."""
+        if self.config.train == "full":
+            return {name: parameter.detach() for name, parameter in self.trained().items()}
+        return {name: layer.base_layer.weight.detach() for name, layer in self._adapted()}
 
     @torch.no_grad()
     def deltas(self) -> Iterator[tuple[str, Tensor]]:
@@ -110,14 +125,24 @@ class Policy(nn.Module):
             a layer is `scale * B @ A`, less that of the adapter the run began with (`model.adapter`);
             with full training it is the parameter minus its start.
         """
+        for name, change in self._changes():
+            yield name, change.cpu()
+
+    @torch.no_grad()
+    def student_distance(self) -> float:
+        """Euclidean norm of all `deltas`, computed where the weights are."""
+        return math.sqrt(sum(float((change**2).sum()) for _, change in self._changes()))
+
+    def _changes(self) -> Iterator[tuple[str, Tensor]]:
+        """`deltas`, each made on the device."""
         if self._start is not None:
-            for name, parameter in self.trained().items():
-                yield name, parameter.detach().to("cpu", torch.float32) - self._start[name]
+            for name, parameter in self._exchanged().items():
+                yield name, parameter.float() - self._start[name].to(self.device)
             return
         for name, layer in self._adapted():
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            change = layer.scaling["default"] * (b.float() @ a.float())
-            yield name, change.cpu() - self._first_change(name, layer)
+            change = layer.scaling["default"] * _product(b, a)
+            yield name, change - self._first_change(name, layer)
 
     def _copy_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The adapter the run begins with, (A, B) by name; it counts as part of the starting point."""
@@ -132,10 +157,10 @@ class Policy(nn.Module):
     def _first_change(self, name: str, layer: Any) -> Tensor:
         """What the adapter the run began with adds to a layer; 0 for fresh adapters, whose B is 0."""
         if name not in self._first_factors:
-            return torch.zeros(())
+            return torch.zeros((), device=self.device)
         a, b = self._first_factors[name]
-        change: Tensor = layer.scaling["default"] * (b @ a)
-        return change.cpu()
+        change: Tensor = layer.scaling["default"] * _product(b, a)
+        return change
 
     def _adapted(self) -> Iterator[tuple[str, Any]]:
         for name, module in self._plain.named_modules():
@@ -148,33 +173,38 @@ class Policy(nn.Module):
         return self._teacher is not None
 
     @torch.no_grad()
-    def load_teacher(self, change: Mapping[str, Tensor]) -> None:
-        """Make `start + change` the teacher.
+    def load_teacher(self, change: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+        """Make `start + change` the teacher, rounded once to the type of the weights.
 
         Args:
-            change: for every name that `deltas` yields, a float32 tensor on the CPU.
+            change: for every name that `deltas` yields, a float32 tensor on the CPU; as pairs, they may be
+                made one after the other.
 
         Raises:
-            KeyError: a name is missing or unknown.
+            KeyError: a name is missing or unknown. There is no teacher then.
         """
+        pairs = change.items() if isinstance(change, Mapping) else change
+        if self._start is None:
+            start, layers = self._keep_own(), dict(self._adapted())
+        else:
+            start, layers = self._start, {}
+        teacher = self._teacher or host_like(self._exchanged())
+        self._teacher = None
+        squares: dict[str, float] = {}
+        for name, tensor in pairs:
+            if name not in start:
+                raise KeyError(f"teacher tensors do not match: [{name!r}] is unknown")
+            begun = start[name].float()
+            if self._first_factors:
+                begun = begun + self._first_change(name, layers[name]).cpu()
+            teacher[name].copy_(begun + tensor)
+            squares[name] = float((tensor**2).sum())
+        if len(squares) < len(start):
+            missing = sorted(set(start) - set(squares))
+            raise KeyError(f"teacher tensors do not match: {missing[:5]} are missing")
         # in a fixed order, so that a resumed run gets the same last digit
-        self._teacher_norm = sum(float((change[n] ** 2).sum()) for n in sorted(change)) ** 0.5
-        if self._start is not None:
-            if set(change) != set(self._start):
-                raise KeyError(
-                    f"teacher tensors do not match: {sorted(set(change) ^ set(self._start))[:5]}"
-                )
-            self._teacher = {name: self._start[name] + change[name] for name in self._start}
-            return
-        layers = dict(self._adapted())
-        if set(change) != set(layers):
-            raise KeyError(f"teacher tensors do not match: {sorted(set(change) ^ set(layers))[:5]}")
-        self._teacher = {
-            name: layer.base_layer.weight.detach().float().cpu()
-            + self._first_change(name, layer)
-            + change[name]
-            for name, layer in layers.items()
-        }
+        self._teacher_norm = sum(squares[name] for name in sorted(squares)) ** 0.5
+        self._teacher = teacher
 
     def teacher_state(self) -> dict[str, Tensor]:
         """The teacher's tensors, exactly.
@@ -188,7 +218,9 @@ class Policy(nn.Module):
 
     def load_teacher_state(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `teacher_state` gave."""
-        self._teacher = {name: tensor for name, tensor in state.items() if name != "norm"}
+        self._teacher = self._teacher or host_like(self._exchanged())
+        for name, tensor in self._teacher.items():
+            tensor.copy_(state[name])
         self._teacher_norm = float(state["norm"])
 
     def teacher_distance(self) -> float:
@@ -198,48 +230,57 @@ class Policy(nn.Module):
     def as_teacher(self) -> AbstractContextManager[None]:
         """Inside the block the model computes with the teacher's weights; after it with its own.
 
-        The exchange is by copying into the parameters and back from an exact copy, tensor by tensor; no
-        second model is on the device.
+        The exchange is by copying into the parameters and back from an exact copy on the host; the device
+        needs no memory for it. With adapters that copy is made once: a run never changes its base.
 
         Raises:
-            RuntimeError: no teacher was loaded.
+            RuntimeError: no teacher was loaded, or the weights are exchanged already.
         """
         if self._teacher is None:
             raise RuntimeError("there is no teacher yet: load_teacher() was never called")
-        return self._swapped(self._teacher)
+        return self._swapped(self._teacher.items())
 
     def as_start(self) -> AbstractContextManager[None]:
-        """Inside the block the model computes with the weights the run began with."""
+        """Inside the block the model computes with the weights the run began with.
+
+        With fresh adapters that is the base as it lies, and nothing is copied.
+        """
         if self._start is not None:
-            return self._swapped(self._start)
+            return self._swapped(self._start.items())
         return self._swapped(
-            {
-                name: layer.base_layer.weight.detach().float().cpu()
-                + self._first_change(name, layer)
-                for name, layer in self._adapted()
-            }
+            (name, layer.base_layer.weight.detach().float() + self._first_change(name, layer))
+            for name, layer in self._adapted()
+            if name in self._first_factors
         )
 
+    def _keep_own(self) -> dict[str, Tensor]:
+        """The exact copy that the exchanged weights come back from."""
+        now = self._exchanged()
+        if self.config.train == "full" or not self._own:
+            self._own = self._own or host_like(now)
+            self.mover.copy((self._own[name], tensor) for name, tensor in now.items())
+        return self._own
+
     @contextmanager
-    def _swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        if self._start is not None:
-            targets: dict[str, nn.Parameter] = self.trained()
-        else:
-            targets = {name: layer.base_layer.weight for name, layer in self._adapted()}
-        own = {name: parameter.detach().to("cpu", copy=True) for name, parameter in targets.items()}
+    def _swapped(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
+        if self._inside:
+            raise RuntimeError("the weights are exchanged already: as_teacher does not nest")
+        own, now = self._keep_own(), self._exchanged()
+        touched: list[str] = []
+
+        def there() -> Iterator[tuple[Tensor, Tensor]]:
+            for name, tensor in weights:
+                touched.append(name)
+                yield now[name], tensor
+
+        self._inside = True
         try:
-            with torch.no_grad():
-                for name, parameter in targets.items():
-                    parameter.copy_(weights[name])
-            if self._start is None:
-                with self.model.disable_adapter():
-                    yield
-            else:
+            self.mover.copy(there())
+            with nullcontext() if self.config.train == "full" else self.model.disable_adapter():
                 yield
         finally:
-            with torch.no_grad():
-                for name, parameter in targets.items():
-                    parameter.copy_(own[name])
+            self.mover.copy((now[name], own[name]) for name in touched)
+            self._inside = False
 
     def save_student(self, path: Path) -> None:
         """Write the agent: a PEFT adapter folder, or a `transformers` folder with its processor."""
@@ -328,20 +369,57 @@ class Policy(nn.Module):
         grid = torch.cat([o.grid for o in observed if o.grid is not None]).to(self.device)
         return {"mm_encoder_outputs": {"image": output}, "image_grid_thw": grid}
 
-    def _keep_hidden(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def _keep_hidden(
+        self, module: nn.Module, arguments: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...] | None:
+        if self._columns is None:  # the head by itself, on states of an earlier pass
+            return None
         self._hidden.append(arguments[0])
+        return (arguments[0][:, self._columns], *arguments[1:])
 
-    def forward_hidden(self, **arguments: Any) -> tuple[Any, Tensor]:
-        """One forward pass; returns its output and the hidden states (B, kept, D) behind its logits."""
+    def forward_hidden(
+        self, *, columns: slice = slice(None), **arguments: Any
+    ) -> tuple[Any, Tensor]:
+        """One forward pass; returns its output and the hidden states (B, kept, D) behind its logits.
+
+        The output has logits only in the given columns of those kept; the hidden states are all there.
+        """
         if "mm_token_type_ids" in self._accepts and "image_grid_thw" in arguments:
             kinds = (arguments["input_ids"] == self.processor.image_token_id).int()
             arguments["mm_token_type_ids"] = kinds
         self._hidden.clear()
-        output = self._plain(**arguments)
-        hidden = self._hidden.pop()
-        return output, hidden
+        self._columns = columns
+        try:
+            output = self._plain(**arguments)
+        finally:
+            self._columns = None
+        return output, self._hidden.pop()
+
+    def forward_states(self, **arguments: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """One forward pass without its logits.
+
+        Returns:
+            (states (B, kept, S), hidden states (B, kept, D), function from states (N, S) to logits (N, V)).
+            Qwen's logits are a linear map of the hidden states, which are the states then. Other models may
+            do more to them, so their states are the logits, in the model's own type.
+        """
+        if self.processor.native:
+            _, hidden = self.forward_hidden(columns=slice(0, 1), **arguments)
+            return hidden, hidden, self._plain.get_output_embeddings()
+        output, hidden = self.forward_hidden(**arguments)
+        return output.logits, hidden, nn.Identity()
 
     def policy_logits(self, logits: Tensor, temperature: float | None = None) -> Tensor:
         """Float32 logits of the policy: banned tokens at -inf, divided by the sampling temperature."""
         logits = logits.float().masked_fill(self.banned, -torch.inf)
         return logits / (self.temperature if temperature is None else temperature)
+
+
+def _product(b: Tensor, a: Tensor) -> Tensor:
+    """B A in full float32, also where the adapters' own passes round their factors (TF32)."""
+    rounds = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        return b.float() @ a.float()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = rounds
