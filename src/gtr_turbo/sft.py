@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 
 from gtr_turbo.checks import ConfigError
@@ -203,14 +204,15 @@ def imitate(policy: Policy, data: Demonstrations, config: SFTConfig, report: Rep
 
 
 def _recipe(config: SFTConfig) -> str:
-    """What `eval` and `play` need to know of the model: the style of prompt it was shown."""
-    styles = {
-        demonstrations.options.get("prompt", "full") for demonstrations in config.demonstrations
-    }
-    style = styles.pop() if len(styles) == 1 else "full"
-    return (
-        f"env: {{options: {{prompt: {style}}}}}\nmodel: {{attention: {config.model.attention}}}\n"
-    )
+    """What `eval` and `play` need to know of the model: its environment, or the style of prompt it was shown."""
+    ids = {demonstrations.id for demonstrations in config.demonstrations}
+    options = [demonstrations.options for demonstrations in config.demonstrations]
+    styles = {given.get("prompt", "full") for given in options}
+    env: dict[str, Any] = {"options": {"prompt": styles.pop() if len(styles) == 1 else "full"}}
+    if len(ids) == 1:
+        same = {k: v for k, v in options[0].items() if all(given.get(k) == v for given in options)}
+        env = {"id": ids.pop(), "options": {k: v for k, v in same.items() if k != "split"}}
+    return yaml.safe_dump({"env": env, "model": {"attention": config.model.attention}})
 
 
 def train(config: SFTConfig, report: Report) -> Path:
