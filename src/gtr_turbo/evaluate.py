@@ -11,6 +11,7 @@ import torch
 
 from gtr_turbo.collect import EVALUATION, Envs, play, stream
 from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig
+from gtr_turbo.policy.engine import Engine
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.turns.turn import Turn
 
@@ -111,7 +112,7 @@ def evaluate(
     records, facts = [], []
     while playing:
         for turn, _ in play(
-            envs, list(playing), policy, sampling, rollout, generator, greedy=greedy
+            envs, list(playing), policy, sampling, rollout, generator, greedy=greedy, engine=engine
         ):
             i = turn.env_index
             playing[i].append(turn)

@@ -29,6 +29,8 @@ class Scores:
     """(B, D), last hidden state of the last prompt token."""
     distribution: Tensor | None
     """(B, R, V) float32 log-probabilities of all tokens, if asked for."""
+    raw: Tensor | None
+    """(B, R) float32 log-probs of the model itself, at temperature 1 and with nothing banned, if asked for."""
 
 
 def position_ids(inputs: Inputs) -> Tensor | None:
@@ -53,6 +55,7 @@ def score(
     inputs: Inputs,
     *,
     distribution: bool = False,
+    raw: bool = False,
     temperature: float | None = None,
 ) -> Scores:
     """Score responses with the weights that are in place.
@@ -61,6 +64,7 @@ def score(
         policy: call inside `policy.as_teacher()` to score with the teacher.
         inputs: B observations and their responses.
         distribution: also return the log-probabilities of the whole vocabulary.
+        raw: also return the log-probs of the model itself.
         temperature: if not the policy's own.
     """
     device = policy.device
@@ -84,6 +88,9 @@ def score(
     target = inputs.response_ids.to(device)[..., None]
     real = inputs.response_mask.to(device)
     logprobs = everything.gather(-1, target).squeeze(-1)
+    own = None
+    if raw:
+        own = output.logits[:, :-1].float().log_softmax(-1).gather(-1, target).squeeze(-1)
     # 0 * -inf of banned tokens would be nan
     entropy = -(everything.exp() * everything.masked_fill(policy.banned, 0.0)).sum(-1)
     return Scores(
@@ -91,6 +98,7 @@ def score(
         entropy=entropy.masked_fill(~real, 0.0),
         hidden=hidden[:, 0],
         distribution=everything if distribution else None,
+        raw=own.masked_fill(~real, 0.0) if own is not None else None,
     )
 
 
