@@ -313,10 +313,13 @@ class TrainConfig:
                 f"env_steps={self.env_steps} is less than one update of {turns} turns; raise env_steps or "
                 "lower env.num_envs or rollout.turns_per_env"
             )
-        if self.rollout.engine == "vllm" and (self.model.train, self.model.vision) != ("lora", "frozen"):
+        if self.rollout.engine == "vllm" and (self.model.train, self.model.vision) != (
+            "lora",
+            "frozen",
+        ):
             raise ConfigError(
-                "rollout.engine='vllm' is sent adapters of the language model only: it needs model.train='lora' and "
-                f"model.vision='frozen', got {self.model.train!r} and {self.model.vision!r}"
+                "rollout.engine='vllm' is sent adapters of the language model only: it needs model.train='lora' "
+                f"and model.vision='frozen', got {self.model.train!r} and {self.model.vision!r}"
             )
         if self.guidance.credit == "token" and self.ppo.ratio != "token":
             raise ConfigError("guidance.credit='token' needs ppo.ratio='token', got 'sequence'")

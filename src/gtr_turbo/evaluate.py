@@ -79,6 +79,7 @@ def evaluate(
     seed: int,
     greedy: bool = False,
     on_episode: Callable[[int], None] | None = None,
+    engine: Engine | None = None,
 ) -> Evaluation:
     """Play fixed episodes with the weights in place.
 
@@ -94,7 +95,10 @@ def evaluate(
         seed: of the episodes and of sampling.
         greedy: take the likeliest token.
         on_episode: told how many episodes are done.
+        engine: writes the replies of the agent's own weights; None decodes in this process.
     """
+    if engine is not None:
+        engine.refresh()
     rollout = RolloutConfig()
     envs = Envs(env, split, seed, count=min(env.num_envs, episodes))
     generator = torch.Generator().manual_seed(stream(seed, EVALUATION))

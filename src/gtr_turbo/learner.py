@@ -80,9 +80,7 @@ class Learner:
         """Play, ask the teacher, assign credit, learn; returns (turns, batch, metrics)."""
         config, policy = self._config, self.policy
         generator = torch.Generator().manual_seed(stream(config.seed, SAMPLING, iteration))
-        turns = collect(
-            self._envs, policy, config.sampling, config.rollout, generator, self.engine
-        )
+        turns = collect(self._envs, policy, config.sampling, config.rollout, generator, self.engine)
         engine = self.engine.metrics() if self.engine is not None else {}
         clock.lap("collect")
         batch = make_batch(turns, config.env.num_envs, policy.processor.pad_token_id)

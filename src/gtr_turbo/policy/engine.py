@@ -29,7 +29,7 @@ class Engine(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """The `engine` group, since the last `refresh`."""
+        """The `engine` group, since the last call."""
         ...
 
     def close(self) -> None:

@@ -26,8 +26,8 @@ from gtr_turbo.policy.scoring import score
 from gtr_turbo.policy.vllm_http import (
     Client,
     EngineError,
-    Outage,
-    Unknown,
+    OutageError,
+    UnknownAdapterError,
     check_prompt,
     folded,
     picture,
@@ -108,11 +108,10 @@ class VllmEngine:
         Raises:
             EngineError: the server is gone for good, refuses the adapter, or goes on with the old one.
         """
-        self._gap_sum = self._gap_tokens = 0.0
-        self._stats = {}
         name = self._name()
         if name == self._adapter:
             return
+        self._ready()
         began, old = time.monotonic(), self._adapter
         self._write(name)
         self._adapter = name
@@ -131,7 +130,7 @@ class VllmEngine:
         for name, parameter in sorted(self._policy.trained().items()):
             digest.update(name.encode())
             data = parameter.detach().cpu().contiguous().flatten()
-            digest.update(data.view(torch.uint8).numpy())
+            digest.update(data.view(torch.uint8).numpy().tobytes())
         return f"student-{digest.hexdigest()[:16]}"
 
     def _write(self, name: str) -> None:
@@ -153,7 +152,9 @@ class VllmEngine:
             EngineError: the server goes on with the old weights.
         """
         reply = probe.ids.tolist()
-        body = self._body(probe.observed, {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0})
+        body = self._body(
+            probe.observed, {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
+        )
         body["token_ids"] = [*body["token_ids"], *reply]
         (answer,) = self._insist([lambda: self._generate(body, lambda a: read_scores(a, reply))])
         theirs, ours = torch.tensor(answer), self._own([probe.observed], [probe.ids])[0]
@@ -165,8 +166,8 @@ class VllmEngine:
         if not moved:
             raise EngineError(
                 f"the server took the adapter {self._adapter} but still writes with the old weights: on a fixed "
-                f"reply the trainer's log-probs changed by {self._stats['engine/probe_change_wanted']:.3g} nats per "
-                f"token, the server's by {self._stats['engine/probe_change']:.3g}. Look at its log for adapter "
+                f"reply the trainer's log-probs changed by {self._stats['engine/probe_change_wanted']:.3g} nats "
+                f"per token, the server's by {self._stats['engine/probe_change']:.3g}. Look at its log for adapter "
                 "layers that it ignores"
             )
         self._probe = Probe(probe.observed, probe.ids, ours, theirs)
@@ -251,7 +252,7 @@ class VllmEngine:
         processor = self._policy.processor
         end = processor.end_token_id
         if (ended == "stop") != (ids[-1] == end) or end in ids[:-1] or len(ids) > limit:
-            raise Outage("its reply does not end where it must")
+            raise OutageError("its reply does not end where it must")
         if ended == "length" and len(ids) < limit:
             raise EngineError(
                 f"the server cut a reply after {len(ids)} of {limit} tokens: its context is full; raise "
@@ -310,18 +311,17 @@ class VllmEngine:
         if not gap <= self._bound:
             raise EngineError(
                 f"the server's log-probs differ from the trainer's by {gap:.3g} nats per token (bound "
-                f"rollout.max_logprob_gap={self._bound}): it writes with other weights than those that are trained. "
-                "Serve the model that is trained, in the type model.dtype"
+                f"rollout.max_logprob_gap={self._bound}): it writes with other weights than those that are "
+                "trained. Serve the model that is trained, in the type model.dtype"
             )
 
     def metrics(self) -> dict[str, float]:
-        """The `engine` group."""
+        """The `engine` group, since the last call."""
         gap = self._gap_sum / max(1.0, self._gap_tokens)
-        return {
-            "engine/logprob_gap": gap,
-            "engine/restarts": float(self.restarts),
-            **self._stats,
-        }
+        found = {"engine/logprob_gap": gap, "engine/restarts": float(self.restarts), **self._stats}
+        self._gap_sum = self._gap_tokens = 0.0
+        self._stats = {}
+        return found
 
     # -- outages -------------------------------------------------------------------------------
 
@@ -331,8 +331,7 @@ class VllmEngine:
         Raises:
             EngineError: it stays so, or one is refused.
         """
-        if self._client is None:
-            self._start()
+        self._ready()
         found: dict[int, Any] = {}
         for attempt in range(self._config.retries + 1):
             left = [i for i in range(len(tasks)) if i not in found]
@@ -342,7 +341,7 @@ class VllmEngine:
             for i, future in futures.items():
                 try:
                     found[i] = future.result()
-                except Outage as outage:
+                except OutageError as outage:
                     outages.append(outage)
             if not outages:
                 return [found[i] for i in range(len(tasks))]
@@ -354,7 +353,7 @@ class VllmEngine:
             "--resume (without it, if there is no checkpoint yet)"
         )
 
-    def _mend(self, outages: list[Outage], attempt: int) -> None:
+    def _mend(self, outages: list[OutageError], attempt: int) -> None:
         """Do what can be done before the next try: start a dead or silent server anew, load the adapter, wait."""
         self._note(f"vLLM server: {outages[-1]}; trying again")
         assert self._client is not None
@@ -367,19 +366,20 @@ class VllmEngine:
                 )
             self.restarts += 1
             self._server.stop()
-            self._start()
+            self._client = self._server.start()
             self._reload()
-        elif any(isinstance(outage, Unknown) for outage in outages):
+        elif any(isinstance(outage, UnknownAdapterError) for outage in outages):
             self._reload()
 
-    def _start(self) -> None:
-        assert self._server is not None
-        self._client = self._server.start()
+    def _ready(self) -> None:
+        if self._client is None:
+            assert self._server is not None
+            self._client = self._server.start()
 
     def _reload(self) -> None:
         try:
             self._load()
-        except Outage as outage:
+        except OutageError as outage:
             self._note(f"vLLM server: {outage}; trying again")
 
     def close(self) -> None:

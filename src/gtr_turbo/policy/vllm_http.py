@@ -32,11 +32,11 @@ class EngineError(RuntimeError):
     """Generation cannot go on: what the engine does is wrong, or it is gone for good."""
 
 
-class Outage(RuntimeError):
+class OutageError(RuntimeError):
     """No usable answer this time; a later try may get one."""
 
 
-class Unknown(Outage):
+class UnknownAdapterError(OutageError):
     """The server does not know the adapter: it was started anew."""
 
 
@@ -52,19 +52,19 @@ class Client:
         """Whether a server answers and is ready."""
         try:
             return self._send("GET", "/health", b"", timeout_s)[0] == 200
-        except Outage:
+        except OutageError:
             return False
 
     def load_adapter(self, name: str, path: str) -> None:
         """Let the server read the PEFT folder `path` and serve it as `name`.
 
         Raises:
-            Outage: it did not answer, or failed.
+            OutageError: it did not answer, or failed.
             EngineError: it refuses.
         """
         try:
             self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
-        except Unknown:
+        except UnknownAdapterError:
             raise EngineError(
                 f"{self.url} has no /v1/load_lora_adapter, or cannot read {path}: start it with --enable-lora and "
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and let it see the run folder under the same path"
@@ -72,22 +72,24 @@ class Client:
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter, if the server knows it."""
-        with suppress(Outage, EngineError):  # it is only in the way: the server drops it by age too
+        with suppress(
+            OutageError, EngineError
+        ):  # it is only in the way: the server drops it by age too
             self._post("/v1/unload_lora_adapter", {"lora_name": name})
 
     def generate(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """Send one request for a reply.
 
         Raises:
-            Outage: no usable answer; `Unknown` if the adapter is not loaded.
+            OutageError: no usable answer; `UnknownAdapterError` if the adapter is not loaded.
             EngineError: the request is refused.
         """
         try:
             answer = json.loads(self._post("/inference/v1/generate", body))
         except (ValueError, RecursionError):
-            raise Outage("it answered with what is no JSON") from None
+            raise OutageError("it answered with what is no JSON") from None
         if not isinstance(answer, dict):
-            raise Outage("it answered with JSON that is no object")
+            raise OutageError("it answered with JSON that is no object")
         return answer
 
     def _post(self, path: str, body: Mapping[str, Any]) -> bytes:
@@ -96,9 +98,9 @@ class Client:
             return answer
         said = f"HTTP {status} at {path}: {self._words(answer)}"
         if status == 404:
-            raise Unknown(said)
+            raise UnknownAdapterError(said)
         if status in (408, 425, 429) or status >= 500:
-            raise Outage(said)
+            raise OutageError(said)
         if status in (401, 403):
             raise EngineError(
                 f"{self.url} answered {status}: put the key it wants into VLLM_API_KEY"
@@ -115,9 +117,7 @@ class Client:
         """(status, body). A watch closes the connection at the deadline, however the bytes come."""
         address = urlsplit(self.url)
         kind = (
-            http.client.HTTPSConnection
-            if address.scheme == "https"
-            else http.client.HTTPConnection
+            http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
         )
         connection = kind(address.hostname or "", address.port, timeout=timeout_s)
         headers = {"Content-Type": "application/json", "Connection": "close"}
@@ -135,9 +135,13 @@ class Client:
             answer = response.read(LONGEST_ANSWER + 1)
             if response.length:  # bytes that were promised did not come
                 raise http.client.IncompleteRead(answer)
+            if (
+                time.monotonic() >= deadline
+            ):  # cut within the headers, it looks like an empty answer
+                raise TimeoutError
         except (OSError, http.client.HTTPException) as error:
             late = time.monotonic() >= deadline
-            raise Outage(
+            raise OutageError(
                 f"no answer within {timeout_s:g} s" if late else f"no answer ({error!r})"
             ) from None
         finally:
@@ -145,7 +149,7 @@ class Client:
                 watch.cancel()
             connection.close()
         if len(answer) > LONGEST_ANSWER:
-            raise Outage(f"it answered with more than {LONGEST_ANSWER} bytes")
+            raise OutageError(f"it answered with more than {LONGEST_ANSWER} bytes")
         return response.status, answer
 
 
@@ -174,20 +178,20 @@ def check_prompt(answer: Mapping[str, Any], expected: Sequence[int]) -> None:
     """The server's prompt must be the trainer's.
 
     Raises:
-        Outage: it did not say.
+        OutageError: it did not say.
         EngineError: it differs.
     """
-    made = answer.get("prompt_token_ids")
+    made: Any = answer.get("prompt_token_ids")
     if not _ids(made):
-        raise Outage("its answer has no prompt_token_ids")
+        raise OutageError("its answer has no prompt_token_ids")
     if made == list(expected):
         return
     shared = min(len(made), len(expected))
     place = next((i for i in range(shared) if made[i] != expected[i]), shared)
     raise EngineError(
         f"the server made a prompt of {len(made)} tokens, the trainer one of {len(expected)}; they part at token "
-        f"{place}. Serve the same model with the same image processor (its preprocessor_config.json decides how many "
-        "tokens a picture gets)"
+        f"{place}. Serve the same model with the same image processor (its preprocessor_config.json decides how "
+        "many tokens a picture gets)"
     )
 
 
@@ -195,7 +199,7 @@ def read_reply(answer: Mapping[str, Any]) -> tuple[list[int], list[float], str]:
     """(ids, the model's own log-prob of each, why it ended: `stop` or `length`).
 
     Raises:
-        Outage: the answer is not of that form.
+        OutageError: the answer is not of that form.
     """
     try:
         (choice,) = answer["choices"]
@@ -204,11 +208,11 @@ def read_reply(answer: Mapping[str, Any]) -> tuple[list[int], list[float], str]:
         named = [row["token_id"] for row in rows]
         logprobs = [float(row["logprob"]) for row in rows]
     except (KeyError, TypeError, ValueError) as error:
-        raise Outage(f"its answer is not of the form that was asked for ({error!r})") from None
+        raise OutageError(f"its answer is not of the form that was asked for ({error!r})") from None
     if ended not in ("stop", "length"):
-        raise Outage(f"it broke off: finish_reason {str(ended)[:40]!r}")
+        raise OutageError(f"it broke off: finish_reason {str(ended)[:40]!r}")
     if not (_ids(ids) and named == ids and all(map(math.isfinite, logprobs))):
-        raise Outage("its token ids and log-probs do not belong together")
+        raise OutageError("its token ids and log-probs do not belong together")
     return ids, logprobs, ended
 
 
@@ -216,21 +220,17 @@ def read_scores(answer: Mapping[str, Any], ids: Sequence[int]) -> list[float]:
     """Log-probs of the last tokens of a prompt, `ids`.
 
     Raises:
-        Outage: the answer is not of that form.
+        OutageError: the answer is not of that form.
     """
     try:
         rows = answer["prompt_logprobs"][-len(ids) :]
-        found = [
-            float(row[str(token)]["logprob"]) for row, token in zip(rows, ids, strict=True)
-        ]
+        found = [float(row[str(token)]["logprob"]) for row, token in zip(rows, ids, strict=True)]
     except (KeyError, TypeError, ValueError) as error:
-        raise Outage(f"its prompt_logprobs are not those asked for ({error!r})") from None
+        raise OutageError(f"its prompt_logprobs are not those asked for ({error!r})") from None
     if not all(map(math.isfinite, found)):
-        raise Outage("its prompt_logprobs are not finite")
+        raise OutageError("its prompt_logprobs are not finite")
     return found
 
 
 def _ids(given: Any) -> bool:
-    return (
-        isinstance(given, list) and bool(given) and all(type(i) is int and i >= 0 for i in given)
-    )
+    return isinstance(given, list) and bool(given) and all(type(i) is int and i >= 0 for i in given)

@@ -67,9 +67,8 @@ class Server:
         Raises:
             ConfigError: vLLM is not installed, or takes no adapter of this rank.
         """
-        self._make = lambda port: command(model, config, rank, port)
-        self._make(0)
-        self._config, self._log = config, log
+        command(model, config, rank, 0)
+        self._model, self._config, self._rank, self._log = model, config, rank, log
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -84,6 +83,7 @@ class Server:
             EngineError: it ended, or was not ready in time; its last words are quoted.
         """
         port = _free_port()
+        words = command(self._model, self._config, self._rank, port)
         environment = {
             "VLLM_NO_USAGE_STATS": "1",
             **os.environ,
@@ -92,7 +92,7 @@ class Server:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with open(self._log, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", TETHER, *self._make(port)],
+                [sys.executable, "-c", TETHER, *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -145,4 +145,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
