@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # on machines without a GPU, one thread per process keeps tests from disturbing each other
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: train test test-trackio check lint types format clean
+.PHONY: train test test-trackio test-vllm check lint types format clean
 
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -35,6 +35,12 @@ test-trackio:  ## trackio and the pinned pillow exclude each other, so it is tes
 	.venv-trackio/bin/pip install --quiet --disable-pip-version-check trackio==0.43.0 pytest
 	PYTHONPATH=src TRACKIO_DIR=$$(mktemp -d) .venv-trackio/bin/python -m pytest -W default tests/real_trackio.py
 
+test-vllm:  ## the engine with vLLM itself (its CPU build, which wants versions of its own), tested apart
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/vllm_cpu/requirements.txt
+	PYTHONPATH=src:tests:tests/vllm_cpu VLLM_CPU_KVCACHE_SPACE=1 $(TEST_ENV) \
+		.venv-vllm/bin/python -m pytest -W default tests/real_vllm.py
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 
@@ -46,4 +52,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .venv-trackio .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-trackio .venv-vllm .mypy_cache .ruff_cache

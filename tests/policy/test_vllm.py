@@ -3,7 +3,9 @@ import io
 import itertools
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from gtr_turbo.config import ModelConfig, RolloutConfig, SamplingConfig, VllmCon
 from gtr_turbo.policy.scoring import score
 from gtr_turbo.policy.vllm import Probe, VllmEngine, check_moved
 from gtr_turbo.policy.vllm_http import EngineError
-from gtr_turbo.policy.vllm_server import command
+from gtr_turbo.policy.vllm_server import TETHER, command
 from gtr_turbo.trainer import train
 from tiny import Silent, inputs_of, make_policy, observations, perturb, settings
 
@@ -373,6 +375,27 @@ def test_a_server_that_is_never_ready_is_stopped(policy, tmp_path):
     with pytest.raises(EngineError, match=r"not ready within rollout\.vllm\.startup_s=0.5 s"):
         engine.refresh()
     assert gone(engine)
+
+
+def test_a_server_ends_with_the_process_that_started_it():
+    words = [sys.executable, "-c", TETHER, "/bin/sleep", "60"]
+    code = (
+        "import subprocess, sys, time\n"
+        f"print(subprocess.Popen({words!r}, start_new_session=True).pid, flush=True)\ntime.sleep(60)"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    server = int(starter.stdout.readline())
+    name = Path(f"/proc/{server}/comm")
+    while name.read_text() != "sleep\n":  # tied before it becomes the server
+        time.sleep(0.01)
+    starter.kill()
+    starter.communicate()
+    for _ in range(500):
+        if not name.exists() or "State:\tZ" in name.with_name("status").read_text():
+            return
+        time.sleep(0.01)
+    os.kill(server, 9)
+    pytest.fail("it lives on")
 
 
 def test_the_command_serves_adapters_of_this_rank_in_this_type(tiny25):
