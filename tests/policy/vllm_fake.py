@@ -76,6 +76,8 @@ class Fake(http.server.ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle(self, path, body):
+        if path == "/v1/load_lora_adapter" and body["lora_name"] in self.loaded:
+            return 400, {"error": {"message": "The lora adapter has already been loaded."}}
         if path == "/v1/load_lora_adapter":
             self.loaded[body["lora_name"]] = read_adapter(body["lora_path"])
             return 200, b"Success"

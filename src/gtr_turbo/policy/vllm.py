@@ -126,7 +126,8 @@ class VllmEngine:
 
     def _name(self) -> str:
         """A name for the adapter's content: no other is ever loaded under it, so no cache can mix them up."""
-        digest = hashlib.sha256()
+        lora = self._policy.model.peft_config["default"]
+        digest = hashlib.sha256(f"{lora.r} {lora.lora_alpha}".encode())
         for name, parameter in sorted(self._policy.trained().items()):
             digest.update(name.encode())
             data = parameter.detach().cpu().contiguous().flatten()

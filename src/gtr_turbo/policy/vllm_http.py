@@ -56,7 +56,7 @@ class Client:
             return False
 
     def load_adapter(self, name: str, path: str) -> None:
-        """Let the server read the PEFT folder `path` and serve it as `name`.
+        """Let the server read the PEFT folder `path` and serve it as `name`; one that it has stays.
 
         Raises:
             OutageError: it did not answer, or failed.
@@ -94,7 +94,7 @@ class Client:
 
     def _post(self, path: str, body: Mapping[str, Any]) -> bytes:
         status, answer = self._send("POST", path, json.dumps(body).encode(), self._timeout_s)
-        if status == 200:
+        if status == 200 or (status == 400 and b"has already been loaded" in answer):
             return answer
         said = f"HTTP {status} at {path}: {self._words(answer)}"
         if status == 404:
