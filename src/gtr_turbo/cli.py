@@ -289,7 +289,9 @@ def _failed(error: Exception) -> int:
     if isinstance(error, (CheckpointError, ContractError)):
         print(f"gtr-turbo: {error}", file=sys.stderr)
         return 2
-    if isinstance(error, (TrainingError, FloatingPointError)):
+    from gtr_turbo.policy.vllm_http import EngineError
+
+    if isinstance(error, (TrainingError, EngineError, FloatingPointError)):
         print(f"gtr-turbo: {error}", file=sys.stderr)
         return 1
     raise error

@@ -18,6 +18,7 @@ from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig
 from gtr_turbo.envs import check_env, make_env
 from gtr_turbo.envs.contract import Tool, attribute
 from gtr_turbo.parsing import parse, thought_tokens
+from gtr_turbo.policy.engine import Engine
 from gtr_turbo.policy.generation import generate
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.scoring import score, values
@@ -137,15 +138,29 @@ def play(
     generator: torch.Generator,
     *,
     greedy: bool = False,
+    engine: Engine | None = None,
 ) -> list[tuple[Turn, Mapping[str, Any]]]:
     """One turn in each of the environments `rows`; finished episodes are left finished.
+
+    Args:
+        envs: the environments.
+        rows: which of them.
+        policy: acts; an `engine`, if there is one, writes for it.
+        sampling: how replies are written.
+        rollout: rewards of the form.
+        generator: of the sampling.
+        greedy: take the likeliest token.
+        engine: writes the replies; None decodes in this process.
 
     Returns:
         for each row the turn, with `next_value` still 0, and the observation it led to.
     """
     shown = [envs.observations[i] for i in rows]
     observed = policy.observe([o["image"] for o in shown], [o["prompt"] for o in shown])
-    replies = generate(policy, observed, sampling, generator, greedy=greedy)
+    if engine is None:
+        replies = generate(policy, observed, sampling, generator, greedy=greedy)
+    else:
+        replies = engine.generate(observed, sampling, generator, greedy=greedy)
     made = []
     for i, seen, reply, before in zip(rows, observed, replies, shown, strict=True):
         ids = reply.response_ids.tolist()
@@ -191,6 +206,7 @@ def collect(
     sampling: SamplingConfig,
     rollout: RolloutConfig,
     generator: torch.Generator,
+    engine: Engine | None = None,
 ) -> list[Turn]:
     """Play `rollout.turns_per_env` turns in every environment.
 
@@ -199,8 +215,10 @@ def collect(
     """
     rows = range(len(envs))
     steps: list[list[tuple[Turn, Mapping[str, Any]]]] = []
+    if engine is not None:
+        engine.refresh()
     for _ in range(rollout.turns_per_env):
-        steps.append(play(envs, rows, policy, sampling, rollout, generator))
+        steps.append(play(envs, rows, policy, sampling, rollout, generator, engine=engine))
         for turn, _ in steps[-1]:
             if turn.done:
                 envs.reset(turn.env_index, turn.episode + 1)
@@ -221,7 +239,7 @@ def collect(
             elif not turn.terminated:
                 following = steps[t + 1][i][0].reply.value
             turns.append(replace(turn, next_value=following))
-    return rescore(turns, policy, len(envs)) if rollout.rescore else turns
+    return rescore(turns, policy, len(envs)) if rollout.rescore and engine is None else turns
 
 
 def _values(policy: Policy, observations: list[Mapping[str, Any]], size: int) -> list[float]:

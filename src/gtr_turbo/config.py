@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gtr_turbo.checks import ConfigError, fraction, not_negative, positive
-from gtr_turbo.teaching_config import GuidanceConfig, TeacherConfig
+from gtr_turbo.teaching_config import GuidanceConfig, TeacherConfig, is_base_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,49 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VllmConfig:
+    """A vLLM server that writes the replies (docs/vllm.md)."""
+
+    _prefix = "rollout.vllm."
+
+    base_url: str | None = None
+    """Address of a server that runs, such as http://HOST:8000; null starts one for the run and stops it after."""
+    python: str | None = None
+    """Python of an environment that has vLLM, to start the server with; null is the trainer's own."""
+    arguments: tuple[str, ...] = ()
+    """Further arguments of the server that is started, such as `--enforce-eager`."""
+    gpu_memory: float = 0.4
+    """Share of the GPU's memory that the server takes; the trainer needs the rest."""
+    max_model_len: int = 4096
+    """Tokens of prompt and reply that the server has room for."""
+    concurrency: int = 64
+    """Requests in flight."""
+    startup_s: float = 900.0
+    """How long the server may take to start."""
+    timeout_s: float = 300.0
+    """Of one request, from connecting to the last byte."""
+    retries: int = 4
+    """New tries for a request that got no usable answer."""
+    backoff_s: float = 1.0
+    """Pause before the first of them; it doubles each time."""
+    restarts: int = 3
+    """How often a run starts its own server anew."""
+
+    def __post_init__(self) -> None:
+        positive(self, "max_model_len", "concurrency", "startup_s", "timeout_s", "backoff_s")
+        not_negative(self, "retries", "restarts")
+        if not 0 < self.gpu_memory <= 1:
+            raise ConfigError(f"rollout.vllm.gpu_memory={self.gpu_memory} must be in (0, 1]")
+        if self.base_url is not None and not (
+            is_base_url(self.base_url) and not self.base_url.rstrip("/").endswith("/v1")
+        ):
+            raise ConfigError(
+                "rollout.vllm.base_url must be http(s)://HOST[:PORT], without /v1, user, password, query or "
+                "fragment (a key is read from the environment variable VLLM_API_KEY)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """Collecting turns."""
 
@@ -106,9 +149,14 @@ class RolloutConfig:
     format_invalid: float = -2.0
     """Reward for any other reply."""
     rescore: bool = False
-    """Take the old log-probs and values from a scoring pass instead of from the sampler (for bf16)."""
+    """Take the old log-probs and values from a scoring pass instead of from the sampler (for bf16). With
+    `engine: vllm` it is always so."""
     max_logprob_gap: float = 0.5
     """The run stops if sampler and scoring differ by more than this (mean absolute nats per token)."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """What writes the agent's replies: our own decoding in the trainer, or a vLLM server."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    """Of `engine: vllm`."""
 
     def __post_init__(self) -> None:
         positive(self, "turns_per_env", "max_logprob_gap")
@@ -268,6 +316,14 @@ class TrainConfig:
             raise ConfigError(
                 f"env_steps={self.env_steps} is less than one update of {turns} turns; raise env_steps or "
                 "lower env.num_envs or rollout.turns_per_env"
+            )
+        if self.rollout.engine == "vllm" and (self.model.train, self.model.vision) != (
+            "lora",
+            "frozen",
+        ):
+            raise ConfigError(
+                "rollout.engine='vllm' is sent adapters of the language model only: it needs model.train='lora' "
+                f"and model.vision='frozen', got {self.model.train!r} and {self.model.vision!r}"
             )
         if self.guidance.credit == "token" and self.ppo.ratio != "token":
             raise ConfigError("guidance.credit='token' needs ppo.ratio='token', got 'sequence'")

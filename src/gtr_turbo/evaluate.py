@@ -11,6 +11,7 @@ import torch
 
 from gtr_turbo.collect import EVALUATION, Envs, play, stream
 from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig
+from gtr_turbo.policy.engine import Engine
 from gtr_turbo.policy.model import Policy
 
 
@@ -121,6 +122,7 @@ def evaluate(
     greedy: bool = False,
     envs: type[Envs] = Envs,
     on_episode: Callable[[int], None] | None = None,
+    engine: Engine | None = None,
 ) -> Evaluation:
     """Play fixed episodes with the weights in place.
 
@@ -137,11 +139,16 @@ def evaluate(
         greedy: take the likeliest token.
         envs: what the environments are played in; a subclass may show them otherwise.
         on_episode: told how many episodes are done.
+        engine: writes the replies of the agent's own weights; None decodes in this process.
     """
+    if engine is not None:
+        engine.refresh()
     generator = torch.Generator().manual_seed(stream(seed, EVALUATION))
 
     def player(envs: Envs, rows: Sequence[int]) -> list[Played]:
-        turns = play(envs, rows, policy, sampling, RolloutConfig(), generator, greedy=greedy)
+        turns = play(
+            envs, rows, policy, sampling, RolloutConfig(), generator, greedy=greedy, engine=engine
+        )
         return [
             Played(t.env_index, t.valid, t.facts, t.success, t.episode_return) for t, _ in turns
         ]

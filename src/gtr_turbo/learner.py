@@ -14,8 +14,10 @@ from gtr_turbo.collect import MINIBATCHES, SAMPLING, TEACHING, Envs, collect, st
 from gtr_turbo.config import TrainConfig
 from gtr_turbo.learning.advantages import assign_credit
 from gtr_turbo.learning.update import Imitation, make_optimizer, update
+from gtr_turbo.policy.engine import Engine
 from gtr_turbo.policy.memory import CudaMeter, Microbatch
 from gtr_turbo.policy.model import Policy
+from gtr_turbo.policy.vllm import VllmEngine
 from gtr_turbo.teacher.external import Corrector, correct
 from gtr_turbo.teacher.guidance import guide
 from gtr_turbo.teacher.history import History
@@ -30,6 +32,7 @@ class Learner:
 
     Attributes:
         policy: the agent, with its teacher.
+        engine: writes the agent's replies; None if the policy does so itself.
         teacher_age: updates since the teacher was merged.
     """
 
@@ -39,6 +42,9 @@ class Learner:
         self.policy = Policy(
             config.model, temperature=config.sampling.temperature, seed=config.seed
         )
+        self.engine: Engine | None = None
+        if config.rollout.engine == "vllm":
+            self.engine = VllmEngine(self.policy, config, run / "vllm", note)
         self._optimizer = make_optimizer(self.policy, config.ppo)
         device = self.policy.device
         meter = CudaMeter(device) if device.type == "cuda" else None
@@ -78,7 +84,8 @@ class Learner:
         """Play, ask the teacher, assign credit, learn; returns (turns, batch, metrics)."""
         config, policy = self._config, self.policy
         generator = torch.Generator().manual_seed(stream(config.seed, SAMPLING, iteration))
-        turns = collect(self._envs, policy, config.sampling, config.rollout, generator)
+        turns = collect(self._envs, policy, config.sampling, config.rollout, generator, self.engine)
+        engine = self.engine.metrics() if self.engine is not None else {}
         clock.lap("collect")
         batch = make_batch(turns, config.env.num_envs, policy.processor.pad_token_id)
         self._micro.measure(policy, batch.inputs.observed, config.sampling.max_new_tokens)
@@ -105,7 +112,7 @@ class Learner:
             microbatch=self._micro,
         )
         clock.lap("update")
-        return turns, batch, stats | told
+        return turns, batch, stats | told | engine
 
     def remember(self, iteration: int, batch: Batch, clock: Clock) -> dict[str, float]:
         """Keep the checkpoint and merge if a merge is due; returns the `teacher` group."""
@@ -116,6 +123,11 @@ class Learner:
             self.teacher_age = 0
         clock.lap("merge")
         return _teacher_metrics(self.policy, batch, self._history, self._config, self.teacher_age)
+
+    def close(self) -> None:
+        """Stop what runs beside the trainer."""
+        if self.engine is not None:
+            self.engine.close()
 
     def save(self, run: Path, **state: Any) -> None:
         """Write a checkpoint of the run's `state` and of everything here."""

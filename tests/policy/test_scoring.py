@@ -265,3 +265,24 @@ def test_a_model_whose_logits_are_more_than_its_head_is_scored_by_its_own(tiny, 
     monkeypatch.setattr(scoring, "LOGITS", 2 * len(policy.banned))
     found = score(policy, inputs)
     torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_raw_log_probs_are_the_models_own(policy):
+    """At temperature 1 with nothing banned: those of the policy at 1, times what is not banned."""
+    observed = observations(policy, 2)
+    inputs = inputs_of(policy, observed, responses(policy, 2))
+    raw = score(policy, inputs, raw=True).raw
+    assert score(policy, inputs).raw is None
+    keep = policy.banned.clone()
+    try:
+        policy.banned.zero_()
+        everything = score(policy, inputs, temperature=1.0, distribution=True)
+    finally:
+        policy.banned.copy_(keep)
+    assert torch.allclose(raw, everything.logprobs, atol=1e-5)
+    allowed = everything.distribution.exp()[..., ~keep].sum(-1)
+    banned = score(policy, inputs, temperature=1.0).logprobs
+    real = inputs.response_mask
+    assert torch.allclose(raw[real], (banned + allowed.log())[real], atol=1e-5)
+    assert (raw[real] < banned[real]).all()

@@ -37,6 +37,8 @@ class Scores:
     """(B, D), last hidden state of the last prompt token."""
     distribution: Tensor | None
     """(B, R, V) float32 log-probabilities of all tokens, if asked for; -inf on padding."""
+    raw: Tensor | None
+    """(B, R) float32 log-probs of the model itself, at temperature 1 and with nothing banned, if asked for."""
 
 
 def position_ids(inputs: Inputs) -> Tensor | None:
@@ -61,6 +63,7 @@ def score(
     inputs: Inputs,
     *,
     distribution: bool = False,
+    raw: bool = False,
     temperature: float | None = None,
     entropy_gradient: bool = False,
 ) -> Scores:
@@ -70,6 +73,7 @@ def score(
         policy: call inside `policy.as_teacher()` to score with the teacher.
         inputs: B observations and their responses.
         distribution: also return the log-probabilities of the whole vocabulary.
+        raw: also return the log-probs of the model itself.
         temperature: if not the policy's own.
         entropy_gradient: keep the entropy's graph too; without it the entropy is a number.
     """
@@ -90,14 +94,20 @@ def score(
         **arguments,
     )
 
-    def some(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(log-probs (N,), entropies (N,), log-probabilities (N, V) if asked for) of N tokens."""
-        everything = policy.policy_logits(head(states), temperature).log_softmax(-1)
+    def some(
+        states: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Log-probs and entropies (N,) of N tokens; if asked for, the distribution (N, V) and `raw` (N,)."""
+        logits = head(states)
+        everything = policy.policy_logits(logits, temperature).log_softmax(-1)
         logprobs = everything.gather(-1, targets[:, None]).squeeze(-1)
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             # 0 * -inf of banned tokens would be nan
             entropy = -(everything.exp() * everything.masked_fill(policy.banned, 0.0)).sum(-1)
-        return logprobs, entropy, everything if distribution else None
+        own = None
+        if raw:
+            own = logits.float().log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+        return logprobs, entropy, everything if distribution else None, own
 
     shape = inputs.response_ids.shape
     where = inputs.response_mask.flatten().nonzero().squeeze(1).to(device)
@@ -111,7 +121,7 @@ def score(
         else some(*part)
         for part in zip(tokens.split(size), targets.split(size), strict=True)
     ]
-    logprobs, entropy, everything = zip(*parts, strict=True)
+    logprobs, entropy, everything, own = zip(*parts, strict=True)
 
     def back(rows: tuple[Tensor, ...], padding: float) -> Tensor:
         """(N, ...) in parts as (B, R, ...)."""
@@ -124,6 +134,7 @@ def score(
         entropy=back(entropy, 0.0),
         hidden=hidden[:, 0],
         distribution=back(everything, -torch.inf) if distribution else None,
+        raw=back(own, 0.0) if raw else None,
     )
 
 
