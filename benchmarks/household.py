@@ -1,4 +1,4 @@
-"""Compare the household engine with ALFWorld's own text engine, word by word; and measure ours.
+"""Compare the household engine with ALFWorld's own text engine, word by word; and measure both.
 
 Every game is made by the generator, written as ALFWorld's files, read back, and played in both: the intro, then
 after each command the feedback, the admissible commands in order, and `won`. Walks are the oracle's, mixed with
@@ -7,13 +7,17 @@ random commands, and go on after the game is won; some commands are inadmissible
     pip install alfworld==0.4.2
     python benchmarks/household.py --games 300 --steps 40 --out benchmarks/results/household.json
 
-The real engine makes some 20 steps a second. `--games 0` needs no ALFWorld and only measures our speed.
+Speeds: of our engine; of the environment with frames; and of the backends `native` and `textworld`, the same
+commands in the same games, without frames, in turns. The last two are in CPU time, which other work on the machine
+changes less. The backend parses each text of the grammar once, unlike the unchanged engine that is compared.
+`--games 0` needs no ALFWorld and measures only what is ours.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -23,10 +27,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gtr_turbo.envs import make_env
 from gtr_turbo.envs.household.engine import Engine
 from gtr_turbo.envs.household.files import export, load
 from gtr_turbo.envs.household.generator import generate
+from gtr_turbo.envs.household.native import Native
 from gtr_turbo.envs.household.oracle import Oracle, solve
+from gtr_turbo.envs.household.textworld import TextWorld
+from gtr_turbo.envs.household.worker import Limits
 from gtr_turbo.envs.household.world import TASKS
 
 ASKING = ("look", "inventory", "help", "examine")
@@ -133,6 +141,53 @@ def speed(seconds: float) -> float:
     return done / (time.perf_counter() - began)
 
 
+def frames(seconds: float) -> float:
+    """Steps of the environment per CPU second with random commands: prompt, reward and a 300x300 frame each."""
+    rng, env = np.random.default_rng(0), make_env("Household")
+    done, spent = 0, 0.0
+    while spent < seconds:
+        _, info = env.reset(seed=done)
+        over, began = False, time.process_time()
+        while not over:
+            *_, terminated, truncated, info = env.step(str(rng.choice(info["actions"])))
+            over, done = terminated or truncated, done + 1
+        spent += time.process_time() - began
+    return done / spent
+
+
+def cpu_seconds(pid: int | None) -> float:
+    """What this process and another have computed so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return time.process_time() + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def ratio(games: int, steps: int) -> dict[str, float]:
+    """Steps of the backends per CPU second without frames, and how often ours is as fast; starts are not counted.
+
+    The two take turns game by game. Ours plays each game's commands twenty times, as once is too short to measure.
+    """
+    theirs, ours = TextWorld(None, "all", [], Limits()), Native(None, "all", [])
+    rng, times, again = np.random.default_rng(1), {"textworld": 0.0, "native": 0.0}, 20
+    for _ in range(games):
+        game = generate(rng)
+        theirs.begin(rng, game)
+        commands: list[str] = []
+        began = cpu_seconds(theirs.worker.pid)
+        for _ in range(steps):
+            commands.append(theirs.commands[rng.integers(len(theirs.commands))])
+            theirs.step(commands[-1])
+        times["textworld"] += cpu_seconds(theirs.worker.pid) - began
+        for _ in range(again):
+            ours.begin(rng, game)
+            began = time.process_time()
+            for command in commands:
+                ours.step(command)
+            times["native"] += (time.process_time() - began) / again
+    theirs.close()
+    found = {f"{name}_steps_per_cpu_second": games * steps / spent for name, spent in times.items()}
+    return {**found, "native_by_textworld": times["textworld"] / times["native"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--games", type=int, default=300, help="an equal number of each task type")
@@ -144,7 +199,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
-    report: dict[str, Any] = {"steps_per_second": round(speed(3.0))}
+    report: dict[str, Any] = {
+        "steps_per_second": round(speed(3.0)),
+        "frames_per_cpu_second": round(frames(3.0)),
+    }
+    if args.games or args.given:
+        report |= {key: round(value, 1) for key, value in ratio(6, 40).items()}
     counts: Counter[str] = Counter()
     verbs: Counter[str] = Counter()
     differences: list[str] = []

@@ -73,7 +73,8 @@ def _padded(
     mask = torch.zeros_like(row)
     mask[:, : ids.shape[1]] = 1
     kinds = (row == policy.processor.image_token_id).int()
-    return {"input_ids": row, "attention_mask": mask, "mm_token_type_ids": kinds, **images}
+    padded = {"input_ids": row, "attention_mask": mask, "mm_token_type_ids": kinds, **images}
+    return {name: tensor.to(policy.device) for name, tensor in padded.items()}
 
 
 def published(
@@ -85,8 +86,11 @@ def published(
     stored = []
     for _ in range(steps):
         shown = envs.observations[0]
-        ids = policy.processor.encode([shown["image"]], [shown["prompt"]])[0][None]
+        ids = policy.processor.encode([shown["image"]], [shown["prompt"]])[0][None].to(
+            policy.device
+        )
         images = policy.processor.image_inputs([shown["image"]])
+        images = {name: tensor.to(policy.device) for name, tensor in images.items()}
         kinds = (ids == policy.processor.image_token_id).int()
         with torch.no_grad():
             out = model.generate(
@@ -100,7 +104,7 @@ def published(
                 pad_token_id=policy.processor.pad_token_id,
                 **images,
             )
-            inputs = _padded(policy, out, images)
+            inputs = _padded(policy, out.cpu(), images)
             model(**inputs).logits.log_softmax(-1)
             teacher(**inputs).logits.log_softmax(-1)
         text = policy.processor.decode(out[0, ids.shape[1] :]).replace("<|im_end|>", "")

@@ -3,7 +3,8 @@
     python benchmarks/study.py NAME [--jobs 2] [--folder runs/study] [--summary]
 
 Runs lie in FOLDER/NAME. What `compare` says of them is copied to benchmarks/results/study: NAME.json and NAME.csv;
-and to docs/results, as NAME.html. `--summary` does so without starting a run.
+and to docs/results, as NAME.html. `--summary` does so without starting a run. While kinds of guidance are compared,
+examples/solver_corrector.py is served for `external`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,31 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-GUIDANCE = "guidance=none,static,sft,kl"
+PORTS = {"stress": 8024, "points24": 8025, "ezpoints": 8026}
+"""Of the studies that compare kinds of guidance: where the corrector is served."""
+
+
+def kinds(study: str) -> list[str]:
+    """Every kind of guidance; the corrector's settings count for `external` alone."""
+    return [
+        *("--vary", "guidance=none,static,sft,kl,external", "--seeds", "5"),
+        *("--guidance.external.base_url", f"http://127.0.0.1:{PORTS[study]}/v1"),
+        *("--guidance.external.model", "exact-solver", "--guidance.external.key_variable", "null"),
+        *("--guidance.external.outage", "wait"),
+    ]
+
+
 STRESS = ["points24-token-stress", "--eval.episodes", "300", "--eval.extra_splits", "[]"]
 STUDIES: dict[str, list[str]] = {
     # which guidance, where RL alone loses its thoughts, and where it does not
-    "stress": [*STRESS, "--vary", GUIDANCE, "--seeds", "5", "--eval.interval", "10"],
-    "points24": ["points24", "--vary", GUIDANCE, "--seeds", "5", "--eval.interval", "10"],
-    "ezpoints": ["ezpoints", "--vary", GUIDANCE, "--seeds", "5", "--eval.interval", "5"],
+    "stress": [*STRESS, *kinds("stress"), "--eval.interval", "10"],
+    "points24": ["points24", *kinds("points24"), "--eval.interval", "10"],
+    "ezpoints": ["ezpoints", *kinds("ezpoints"), "--eval.interval", "5"],
     # the published ablations
     "merge": [
         *STRESS,
@@ -65,7 +81,9 @@ def main() -> int:
     command = [sys.executable, "-m", "gtr_turbo", "compare", *STUDIES[options.name], *more]
     made = {name: out / name for name in ("compare.json", "compare.csv", "report.html")}
     before = {name: _written(path) for name, path in made.items()}
-    code = run(command)
+    serve = options.name in PORTS and not options.summary
+    with solver(PORTS[options.name]) if serve else nullcontext():
+        code = run(command)
     results, pages = ROOT / "benchmarks/results/study", ROOT / "docs/results"
     for name, path in made.items():
         if _written(path) != before[name]:
@@ -73,6 +91,19 @@ def main() -> int:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / f"{options.name}{path.suffix}")
     return code
+
+
+@contextmanager
+def solver(port: int) -> Iterator[None]:
+    """The local corrector of examples/, while the block runs."""
+    # in a session of its own, so that Ctrl-C does not take it from runs that are ending
+    script = [sys.executable, str(ROOT / "examples/solver_corrector.py"), "--port", str(port)]
+    server = subprocess.Popen(script, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def run(command: list[str]) -> int:

@@ -14,7 +14,7 @@ LAYERS = (
     ("cli",),
     ("commands",),
     ("compare",),
-    ("settings", "trainer", "play", "doctor", "report"),
+    ("settings", "trainer", "play", "baselines", "doctor", "report"),
     ("evaluate", "learner", "sft", "terminal"),
     ("tracking", "trackers"),
     ("checkpoint",),

@@ -26,6 +26,10 @@ EXTERNAL = {f"external/failed_{kind}" for kind in FAULTS} | {
         "bad_tool_calls", "tokens_in", "tokens_out", "latency", "calls_so_far", "dollars",
     )
 }  # fmt: skip
+ENGINE = {  # tests/policy/test_vllm.py compares them with a run
+    f"engine/{name}"
+    for name in ("logprob_gap", "restarts", "sync_seconds", "probe_change", "probe_change_wanted")
+}
 IMITATION = {f"imitation/{name}" for name in ("asked", "written", "tries", "collected", "loss")}
 
 
@@ -64,7 +68,7 @@ def test_every_name_is_documented_once_and_logged(run):
     for section, logged in (
         (
             "Rows of metrics.jsonl",
-            set(only(run / "metrics.jsonl")) | OTHER_ENVIRONMENTS | IMITATION | EXTERNAL,
+            set(only(run / "metrics.jsonl")) | OTHER_ENVIRONMENTS | IMITATION | EXTERNAL | ENGINE,
         ),
         ("summary.json", set(json.loads((run / "summary.json").read_text()))),
         ("trajectories/NNNNNN.jsonl", set(only(run / "trajectories" / "000001.jsonl"))),

@@ -1,9 +1,12 @@
 """What several tests need: policies and settings at the smallest scale, and replies by script."""
 
 import json
+import weakref
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gtr_turbo.config import (
     EnvConfig,
@@ -126,3 +129,33 @@ class Silent:
 
     def noted(self, text):
         self.notes.append(text)
+
+
+class Bytes(TorchDispatchMode):
+    """Inside the block, counts the bytes of tensors that operations make: `live` now, `peak`, `largest`."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = self.largest = 0
+        self._known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        given = {
+            id(t.untyped_storage())
+            for t in tree_leaves((arguments, keywords))
+            if torch.is_tensor(t)
+        }
+        for tensor in tree_leaves(made):
+            if torch.is_tensor(tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in given and storage not in self._known:
+                    self._known.add(storage)
+                    self.live += storage.nbytes()
+                    self.largest = max(self.largest, storage.nbytes())
+                    weakref.finalize(storage, self._gone, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return made
+
+    def _gone(self, size):
+        self.live -= size

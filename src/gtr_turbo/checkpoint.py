@@ -249,6 +249,5 @@ def load(
     if state["teacher_age"]:
         policy.load_teacher_state(load_file(folder / "teacher.safetensors"))
     else:
-        merged = history.merge() if policy.ranks.first else {}
-        policy.load_teacher(policy.ranks.spread(merged))
+        policy.load_teacher(policy.ranks.spread(history.merged()))
     return state

@@ -47,11 +47,22 @@ def _parser() -> argparse.ArgumentParser:
     _sft_arguments(command("sft", run_sft, text))
     sub = command("eval", run_eval, "Success on fixed episodes, with its 95 %% interval.")
     _agent_arguments(sub, episodes=500)
+    sub.add_argument(
+        "--baselines",
+        metavar="NAMES",
+        help="players of the same episodes: random (a legal action), blind (the agent, frames black), oracle (the "
+        "environment's expert); as in random,blind,oracle",
+    )
     sub.add_argument("--json", action="store_true", help="print one JSON object")
     sub.add_argument("--records", metavar="FILE", help="write a JSON line per episode")
-    sub = command("play", run_play, "Watch an agent's episodes, turn by turn.")
+    sub = command("play", run_play, "Watch an agent's episodes turn by turn, or play yourself.")
     _agent_arguments(sub, episodes=3)
-    sub.add_argument("--frames", metavar="DIR", help="save the frames as PNG")
+    sub.add_argument(
+        "--frames",
+        metavar="DIR",
+        help="save the frames as PNG (yours: in a new folder, if none is given)",
+    )
+    sub.add_argument("--show", action="store_true", help="draw the frames with coloured blocks")
     text = "Merge checkpoints, full or LoRA, in bounded memory."
     _merge_arguments(command("merge", run_merge, text))
     text = "Make one HTML file of runs: curves, settings, replay."
@@ -89,7 +100,10 @@ def _sft_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _agent_arguments(sub: argparse.ArgumentParser, episodes: int) -> None:
     sub.add_argument(
-        "agent", metavar="RUN_OR_MODEL", help="run folder, model folder, or model name"
+        "agent",
+        nargs="?",
+        metavar="RUN_OR_MODEL",
+        help="run folder, model folder or model name; none, or the name of an environment: no agent",
     )
     sub.add_argument("--config", metavar="NAME_OR_FILE", help="settings for a model that is no run")
     sub.add_argument("--env", metavar="ID", help="environment (default: the run's)")
@@ -295,7 +309,12 @@ def _failed(error: Exception) -> int:
     if isinstance(error, (CheckpointError, ContractError)):
         tell(f"gtr-turbo: {error}")
         return 2
-    if isinstance(error, (TrainingError, FloatingPointError, LostContact)):
+    from torch import OutOfMemoryError
+
+    from gtr_turbo.policy.vllm_http import EngineError
+
+    known = (TrainingError, EngineError, FloatingPointError, LostContact, OutOfMemoryError)
+    if isinstance(error, known):
         tell(f"gtr-turbo: {error}")
         return 1
     if not speaks():

@@ -18,6 +18,7 @@ from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig
 from gtr_turbo.envs import check_env, make_env
 from gtr_turbo.envs.contract import Tool, attribute
 from gtr_turbo.parsing import parse, thought_tokens
+from gtr_turbo.policy.engine import Engine
 from gtr_turbo.policy.generation import generate
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.scoring import score, values
@@ -30,7 +31,7 @@ def stream(*path: int) -> int:
     return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> 1)
 
 
-SAMPLING, MINIBATCHES, EVALUATION, TEACHING, SIGNALS = 1, 2, 3, 4, 5
+SAMPLING, MINIBATCHES, EVALUATION, TEACHING, SIGNALS, BASELINES = 1, 2, 3, 4, 5, 6
 """Names of streams: `stream(seed, SAMPLING, update)` and so on. Environments use `stream(seed, 0, n, e)`."""
 
 
@@ -116,6 +117,11 @@ class Envs:
         judge = attribute(self._envs[i], "judge")
         return judge(fields) if judge is not None and fields else {}
 
+    def demonstrate(self, i: int, rng: np.random.Generator) -> Mapping[str, Any] | None:
+        """The expert's reply in the state that environment `i` is in; None if it has no expert."""
+        expert = attribute(self._envs[i], "demonstrate")
+        return expert(rng) if expert is not None else None
+
     def state(self) -> list[dict[str, Any]]:
         """What `restore` needs: the episode and the actions so far of each environment."""
         return [
@@ -139,15 +145,29 @@ def play(
     generator: torch.Generator,
     *,
     greedy: bool = False,
+    engine: Engine | None = None,
 ) -> list[tuple[Turn, Mapping[str, Any]]]:
     """One turn in each of the environments `rows`; finished episodes are left finished.
+
+    Args:
+        envs: the environments.
+        rows: which of them.
+        policy: acts; an `engine`, if there is one, writes for it.
+        sampling: how replies are written.
+        rollout: rewards of the form.
+        generator: of the sampling.
+        greedy: take the likeliest token.
+        engine: writes the replies; None decodes in this process.
 
     Returns:
         for each row the turn, with `next_value` still 0, and the observation it led to.
     """
     shown = [envs.observations[i] for i in rows]
     observed = policy.observe([o["image"] for o in shown], [o["prompt"] for o in shown])
-    replies = generate(policy, observed, sampling, generator, greedy=greedy)
+    if engine is None:
+        replies = generate(policy, observed, sampling, generator, greedy=greedy)
+    else:
+        replies = engine.generate(observed, sampling, generator, greedy=greedy)
     made = []
     for i, seen, reply, before in zip(rows, observed, replies, shown, strict=True):
         ids = reply.response_ids.tolist()
@@ -193,6 +213,7 @@ def collect(
     sampling: SamplingConfig,
     rollout: RolloutConfig,
     generator: torch.Generator,
+    engine: Engine | None = None,
 ) -> list[Turn]:
     """Play `rollout.turns_per_env` turns in every environment.
 
@@ -201,8 +222,10 @@ def collect(
     """
     rows = range(len(envs))
     steps: list[list[tuple[Turn, Mapping[str, Any]]]] = []
+    if engine is not None:
+        engine.refresh()
     for _ in range(rollout.turns_per_env):
-        steps.append(play(envs, rows, policy, sampling, rollout, generator))
+        steps.append(play(envs, rows, policy, sampling, rollout, generator, engine=engine))
         for i, (turn, _) in enumerate(steps[-1]):
             if turn.done:
                 envs.reset(i, turn.episode + 1)
@@ -223,7 +246,7 @@ def collect(
             elif not turn.terminated:
                 following = steps[t + 1][i][0].reply.value
             turns.append(replace(turn, next_value=following))
-    return rescore(turns, policy, len(envs)) if rollout.rescore else turns
+    return rescore(turns, policy, len(envs)) if rollout.rescore and engine is None else turns
 
 
 def _values(policy: Policy, observations: list[Mapping[str, Any]], size: int) -> list[float]:

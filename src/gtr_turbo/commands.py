@@ -177,9 +177,39 @@ def _stored_settings(path: Path, which: str) -> dict[str, Any]:
     return merge(settings, {"model": {"path": str(path), "train": "full", "adapter": None}})
 
 
-def _agent(options: argparse.Namespace) -> tuple[Policy, TrainConfig]:
-    """The agent a path names: a run (its newest student or teacher), or a model; and its config."""
-    settings = _stored_settings(Path(options.agent), options.which)
+def _is_environment(name: str) -> bool:
+    """True if an environment has this name; a folder of the same name comes first."""
+    from gtr_turbo.envs import ContractError
+    from gtr_turbo.envs.contract import resolve_id
+
+    if Path(name).exists():
+        return False
+    try:
+        resolve_id(name)
+    except ContractError:
+        if ":" in name:
+            raise
+        return False
+    return True
+
+
+def _agent(options: argparse.Namespace) -> tuple[Policy | None, TrainConfig]:
+    """The agent a path names: a run (its newest student or teacher), or a model; and its config.
+
+    An environment in the agent's place is the environment, and the agent is None, as it is if none is given.
+    """
+    if options.episodes < 1:
+        raise ConfigError(f"--episodes {options.episodes} must be at least 1")
+    if options.agent and not options.env and _is_environment(options.agent):
+        options.env, options.agent = options.agent, None
+    if options.agent:
+        settings = _stored_settings(Path(options.agent), options.which)
+    elif not (options.env or options.config):
+        raise ConfigError(f"{options.command} needs a run, a model or an environment; see --help")
+    elif options.greedy or options.which != "student":
+        raise ConfigError("--greedy and --which are of an agent, and none is given")
+    else:
+        settings = {}
     if options.config:
         model = settings.pop("model", {})
         settings = merge(read_config(config_file(options.config)), {"model": model})
@@ -192,6 +222,8 @@ def _agent(options: argparse.Namespace) -> tuple[Policy, TrainConfig]:
             env["options"] = {"prompt": style} if style else {}
         env["id"] = options.env
     config: TrainConfig = build_config(TrainConfig, settings)
+    if not options.agent:
+        return None, config
     from gtr_turbo.policy.model import Policy
 
     return Policy(config.model, temperature=config.sampling.temperature, seed=config.seed), config
@@ -213,18 +245,25 @@ def _env_config(options: argparse.Namespace, config: TrainConfig) -> tuple[EnvCo
 def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Evaluate an agent."""
     _no_rest(rest)
-    if options.episodes < 1:
-        raise ConfigError(f"--episodes {options.episodes} must be at least 1")
     import torch
 
-    from gtr_turbo.evaluate import evaluate
+    from gtr_turbo.baselines import measure, read_names
 
+    baselines = read_names(options.baselines) if options.baselines is not None else ()
     policy, config = _agent(options)
-    torch.set_num_threads(config.threads)
+    if policy is not None:
+        torch.set_num_threads(config.threads)
     env, split = _env_config(options, config)
     seed = 0 if options.seed is None else options.seed
-    result = evaluate(
+    found = {
+        "env": env.id,
+        "split": split,
+        "seed": seed,
+        "which": options.which if policy is not None else None,
+        "greedy": options.greedy,
+    } | measure(
         policy,
+        baselines,
         env,
         config.sampling,
         episodes=options.episodes,
@@ -232,55 +271,45 @@ def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
         seed=seed,
         greedy=options.greedy,
     )
-    summary = {
-        "env": env.id,
-        "split": split,
-        "seed": seed,
-        "which": options.which,
-        "greedy": options.greedy,
-    }
-    summary |= result.summary()
     if options.records:
-        lines = [json.dumps(record) for record in summary["records"]]
+        players = ({"agent": found} if policy is not None else {}) | found.get("baselines", {})
+        lines = [
+            json.dumps({"player": player, **record})
+            for player, summary in players.items()
+            for record in summary["records"]
+        ]
         Path(options.records).write_text("\n".join(lines) + "\n", encoding="utf-8")
     if options.json:
-        print(json.dumps(summary))
+        print(json.dumps(found))
         return 0
-    from gtr_turbo.terminal import percent
+    from rich.console import Console
 
-    del summary["records"]
-    print(
-        f"{env.id} ({split}), {len(result.records)} episodes, {'greedy' if options.greedy else 'sampled'}"
-    )
-    low, high = result.interval
-    print(f"success  {percent(result.success)} (95 % interval {percent(low)} to {percent(high)})")
-    print(f"return   {summary['return']:.3f}")
-    print(f"valid    {percent(summary['valid'])}")
-    for name, value in result.facts.items():
-        print(f"{name:<8} {percent(value)}")
+    from gtr_turbo.terminal import show_evaluation
+
+    show_evaluation(Console(), found)
     return 0
 
 
 def run_play(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Show an agent's episodes."""
+    """Show an agent's episodes, or let a person play."""
     _no_rest(rest)
     from rich.console import Console
 
-    from gtr_turbo.play import watch
+    from gtr_turbo.play import by_hand, watch
 
     policy, config = _agent(options)
     env, split = _env_config(options, config)
-    watch(
-        policy,
-        env,
-        config.sampling,
-        Console(),
-        episodes=options.episodes,
-        split=split,
-        seed=0 if options.seed is None else options.seed,
-        greedy=options.greedy,
-        frames=Path(options.frames) if options.frames else None,
-    )
+    about: dict[str, Any] = {
+        "episodes": options.episodes,
+        "split": split,
+        "seed": 0 if options.seed is None else options.seed,
+        "frames": Path(options.frames) if options.frames else None,
+        "show": options.show,
+    }
+    if policy is None:
+        by_hand(env, Console(), **about)
+    else:
+        watch(policy, env, config.sampling, Console(), greedy=options.greedy, **about)
     return 0
 
 

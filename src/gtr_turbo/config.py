@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gtr_turbo.checks import ConfigError, fraction, not_negative, positive
-from gtr_turbo.teaching_config import GuidanceConfig, TeacherConfig
+from gtr_turbo.teaching_config import GuidanceConfig, TeacherConfig, is_base_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,49 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VllmConfig:
+    """A vLLM server that writes the replies (docs/vllm.md)."""
+
+    _prefix = "rollout.vllm."
+
+    base_url: str | None = None
+    """Address of a server that runs, such as http://HOST:8000; null starts one for the run and stops it after."""
+    python: str | None = None
+    """Python of an environment that has vLLM, to start the server with; null is the trainer's own."""
+    arguments: tuple[str, ...] = ()
+    """Further arguments of the server that is started, such as `--enforce-eager`."""
+    gpu_memory: float = 0.4
+    """Share of the GPU's memory that the server takes; the trainer needs the rest."""
+    max_model_len: int = 4096
+    """Tokens of prompt and reply that the server has room for."""
+    concurrency: int = 64
+    """Requests in flight."""
+    startup_s: float = 900.0
+    """How long the server may take to start."""
+    timeout_s: float = 300.0
+    """Of one request, from connecting to the last byte."""
+    retries: int = 4
+    """New tries for a request that got no usable answer."""
+    backoff_s: float = 1.0
+    """Pause before the first of them; it doubles each time."""
+    restarts: int = 3
+    """How often a run starts its own server anew."""
+
+    def __post_init__(self) -> None:
+        positive(self, "max_model_len", "concurrency", "startup_s", "timeout_s", "backoff_s")
+        not_negative(self, "retries", "restarts")
+        if not 0 < self.gpu_memory <= 1:
+            raise ConfigError(f"rollout.vllm.gpu_memory={self.gpu_memory} must be in (0, 1]")
+        if self.base_url is not None and not (
+            is_base_url(self.base_url) and not self.base_url.rstrip("/").endswith("/v1")
+        ):
+            raise ConfigError(
+                "rollout.vllm.base_url must be http(s)://HOST[:PORT], without /v1, user, password, query or "
+                "fragment (a key is read from the environment variable VLLM_API_KEY)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """Collecting turns."""
 
@@ -106,9 +149,14 @@ class RolloutConfig:
     format_invalid: float = -2.0
     """Reward for any other reply."""
     rescore: bool = False
-    """Take the old log-probs and values from a scoring pass instead of from the sampler (for bf16)."""
+    """Take the old log-probs and values from a scoring pass instead of from the sampler (for bf16). With
+    `engine: vllm` it is always so."""
     max_logprob_gap: float = 0.5
     """The run stops if sampler and scoring differ by more than this (mean absolute nats per token)."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """What writes the agent's replies: our own decoding in the trainer, or a vLLM server."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    """Of `engine: vllm`."""
 
     def __post_init__(self) -> None:
         positive(self, "turns_per_env", "max_logprob_gap")
@@ -136,8 +184,9 @@ class PPOConfig:
     """Passes over the turns of an update."""
     minibatch_turns: int = 128
     """Turns per optimizer step."""
-    microbatch_turns: int = 64
-    """Turns per forward pass; gradients are accumulated up to `minibatch_turns`."""
+    microbatch_turns: int | Literal["auto"] = 64
+    """Turns per forward pass; gradients are accumulated up to `minibatch_turns`. `auto`: what the GPU's free memory
+    holds, measured in the first update (64 on a CPU). Where memory runs out, it is halved."""
     clip: float = 0.2
     """Clip range of the ratio and of the value."""
     ratio: Literal["sequence", "token"] = "token"
@@ -166,7 +215,7 @@ class PPOConfig:
     def __post_init__(self) -> None:
         positive(
             self, "lr", "value_lr", "adam_eps", "max_grad_norm", "epochs", "minibatch_turns",
-            "microbatch_turns", "clip", "length_scale", "normalize_eps",
+            "clip", "length_scale", "normalize_eps",
         )  # fmt: skip
         not_negative(
             self,
@@ -178,6 +227,9 @@ class PPOConfig:
             "entropy_coef",
         )
         fraction(self, "gamma", "gae_lambda")
+        if self.microbatch_turns == "auto":
+            return
+        positive(self, "microbatch_turns")
         if self.minibatch_turns % self.microbatch_turns:
             raise ConfigError(
                 f"ppo.microbatch_turns={self.microbatch_turns} must divide ppo.minibatch_turns="
@@ -281,6 +333,14 @@ class TrainConfig:
                 f"env_steps={self.env_steps} is less than one update of {turns} turns; raise env_steps or "
                 "lower env.num_envs or rollout.turns_per_env"
             )
+        if self.rollout.engine == "vllm" and (self.model.train, self.model.vision) != (
+            "lora",
+            "frozen",
+        ):
+            raise ConfigError(
+                "rollout.engine='vllm' is sent adapters of the language model only: it needs model.train='lora' "
+                f"and model.vision='frozen', got {self.model.train!r} and {self.model.vision!r}"
+            )
         if self.guidance.credit == "token" and self.ppo.ratio != "token":
             raise ConfigError("guidance.credit='token' needs ppo.ratio='token', got 'sequence'")
 
@@ -304,6 +364,11 @@ class TrainConfig:
             raise ConfigError(
                 f"guidance.kind={self.guidance.kind!r} trains in one process only: its collection of thoughts "
                 "is not shared among ranks; start without torchrun, or take guidance.kind kl"
+            )
+        if world > 1 and self.rollout.engine == "vllm":
+            raise ConfigError(
+                "rollout.engine='vllm' trains in one process only: ranks would each start a server and send it "
+                "adapters; start without torchrun, or set rollout.engine to hf"
             )
 
     @property

@@ -16,7 +16,10 @@ from gtr_turbo.config import TrainConfig
 from gtr_turbo.distributed.ranks import ALONE, Ranks
 from gtr_turbo.learning.advantages import assign_credit
 from gtr_turbo.learning.update import Imitation, make_optimizer, update
+from gtr_turbo.policy.engine import Engine
+from gtr_turbo.policy.memory import CudaMeter, Microbatch
 from gtr_turbo.policy.model import Policy
+from gtr_turbo.policy.vllm import VllmEngine
 from gtr_turbo.teacher.external import Corrector, correct
 from gtr_turbo.teacher.guidance import guide
 from gtr_turbo.teacher.history import History
@@ -31,6 +34,7 @@ class Learner:
 
     Attributes:
         policy: the agent, with its teacher.
+        engine: writes the agent's replies; None if the policy does so itself.
         teacher_age: updates since the teacher was merged.
     """
 
@@ -50,11 +54,19 @@ class Learner:
             ranks=ranks,
             shard=config.distributed.shard,
         )
+        self.engine: Engine | None = None
+        if config.rollout.engine == "vllm":
+            self.engine = VllmEngine(self.policy, config, run / "vllm", note)
         self._optimizer = make_optimizer(self.policy, config.ppo)
         self._own_envs = config.env.num_envs // ranks.world
         first = ranks.rank * self._own_envs
         split = config.env.train_split
         self._envs = Envs(config.env, split, config.seed, self._own_envs, first)
+        device = self.policy.device
+        meter = CudaMeter(device) if device.type == "cuda" else None
+        self._micro = Microbatch(
+            config.ppo, note, meter, ranks=ranks, sharded=config.distributed.shard
+        )
         self._history = History(config.teacher)
         self._memory = Memory(run / "imitation", config.guidance.imitation.limit)
         self._corrector = _corrector(config, run, self._envs, note)
@@ -74,7 +86,7 @@ class Learner:
         """The start of a run: the first episodes, and the starting model as teacher. No state is known yet."""
         self._envs.start()
         self.policy.load_teacher(
-            {name: torch.zeros_like(delta) for name, delta in self.policy.deltas()}
+            (name, torch.zeros_like(delta)) for name, delta in self.policy.deltas()
         )
         return {}
 
@@ -99,16 +111,23 @@ class Learner:
         draws = stream(config.seed, SAMPLING, iteration, *ranks.own_stream)
         generator = torch.Generator().manual_seed(draws)
         with policy.whole():
-            turns = collect(self._envs, policy, config.sampling, config.rollout, generator)
-            clock.lap("collect")
-            batch = make_batch(turns, self._own_envs, policy.processor.pad_token_id)
-            microbatch = config.ppo.microbatch_turns
-            batch = guide(batch, policy, config.guidance, microbatch_turns=microbatch)
-            clock.lap("guide")
-            told, imitation = _imitate(
-                policy, turns, self._envs, self._memory, self._corrector, config, iteration
+            turns = collect(
+                self._envs, policy, config.sampling, config.rollout, generator, self.engine
             )
-            clock.lap("teach")
+        engine = self.engine.metrics() if self.engine is not None else {}
+        clock.lap("collect")
+        batch = make_batch(turns, self._own_envs, policy.processor.pad_token_id)
+        self._micro.measure(policy, batch.inputs.observed, config.sampling.max_new_tokens)
+        played = batch
+        with policy.whole():
+            batch = self._micro.attempt(
+                lambda turns: guide(played, policy, config.guidance, microbatch_turns=turns)
+            )
+        clock.lap("guide")
+        told, imitation = _imitate(
+            policy, turns, self._envs, self._memory, self._corrector, config, iteration
+        )
+        clock.lap("teach")
         batch = credit(batch, ranks, **_credit(config))
         stats = update(
             policy,
@@ -121,9 +140,10 @@ class Learner:
             max_logprob_gap=config.rollout.max_logprob_gap,
             imitation=imitation,
             ranks=ranks,
+            microbatch=self._micro,
         )
         clock.lap("update")
-        return turns, batch, stats | told
+        return turns, batch, stats | told | engine
 
     def remember(self, iteration: int, batch: Batch, clock: Clock) -> dict[str, float]:
         """Keep the checkpoint and merge if a merge is due; returns the `teacher` group.
@@ -139,11 +159,15 @@ class Learner:
             )  # the first rank needs our part of sharded weights
         self.teacher_age += 1
         if self._history.merge_is_due(iteration):
-            merged = self._history.merge() if self._ranks.first else {}
-            self.policy.load_teacher(self._ranks.spread(merged))
+            self.policy.load_teacher(self._ranks.spread(self._history.merged()))
             self.teacher_age = 0
         clock.lap("merge")
         return _teacher_metrics(self.policy, batch, self._history, self._config, self.teacher_age)
+
+    def close(self) -> None:
+        """Stop what runs beside the trainer."""
+        if self.engine is not None:
+            self.engine.close()
 
     def save(self, run: Path, **state: Any) -> None:
         """Write a checkpoint of the run's `state` and of everything here; all ranks must call it.
@@ -221,10 +245,8 @@ def _imitate(
     if not memory.targets or not weight:
         return told, None
 
-    def losses(draws: torch.Generator) -> Iterator[tuple[Tensor, float]]:
-        for loss, number in imitation_loss(
-            policy, memory, own.samples, draws, microbatch=config.ppo.microbatch_turns
-        ):
+    def losses(draws: torch.Generator, turns: int) -> Iterator[tuple[Tensor, float]]:
+        for loss, number in imitation_loss(policy, memory, own.samples, draws, microbatch=turns):
             yield weight * loss, number
 
     return told, losses
@@ -247,8 +269,8 @@ def _teacher_metrics(
     policy: Policy, batch: Batch, history: History, config: TrainConfig, age: int
 ) -> dict[str, float]:
     """The `teacher` group."""
-    square = sum(float((delta**2).sum()) for _, delta in policy.deltas())
-    metrics = {"teacher/age": float(age), "teacher/student_distance": square**0.5}
+    metrics = {"teacher/age": float(age), "teacher/student_distance": policy.student_distance()}
+    metrics |= policy.mover.take()
     metrics["teacher/distance"] = policy.teacher_distance()
     metrics["teacher/zero_fraction"] = history.zero_fraction
     if batch.kl_tokens is not None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 
 from gtr_turbo.checks import ConfigError
@@ -30,18 +32,23 @@ from gtr_turbo.turns.turn import Observed
 Report = Callable[[dict[str, float]], None]
 CLASSES = 32  # numbers a frame can show, 0..31, for the throw-away head
 SLOTS = 16
+MICROBATCH = 8  # turns per forward pass
+WORDY_TURNS = 4000
+"""So many turns of every environment a vocabulary is made of."""
 
 
 def visible(info: Mapping[str, Any]) -> Tensor:
     """(SLOTS,) int64: the numbers a frame shows, by place; -100 where there is none.
 
     Read from the truth an environment puts into `info` (docs/environments.md): `numbers` of n cards,
-    `target` and `current`, `player` and `dealer`.
+    `target` and `current`, `player` and `dealer`, `shown`.
     """
     labels = torch.full((SLOTS,), -100)
     numbers = info.get("numbers", ())
     offset = {2: 0, 4: 2}.get(len(numbers), 0)
     labels[offset : offset + len(numbers)] = torch.tensor(numbers, dtype=torch.long)
+    shown = info.get("shown", ())
+    labels[SLOTS - len(shown) :] = torch.tensor(shown, dtype=torch.long)
     for slot, key in enumerate(("target", "current", "player", "dealer"), start=8):
         if key in info:
             labels[slot] = int(info[key])
@@ -62,31 +69,57 @@ class Demonstrations:
         Raises:
             ConfigError: the environment has no `demonstrate`.
         """
-        env = make_env(config.id, **config.options)
-        expert = attribute(env, "demonstrate")
-        if expert is None:
-            raise ConfigError(
-                f"{config.id} has no demonstrate(rng): nothing to imitate (docs/environments.md)"
-            )
-        rng = np.random.default_rng(seed)
-        wanted, done = len(self.replies) + config.turns, True
         frames, prompts = [], []
-        observation, info = env.reset(seed=seed)
-        while len(self.replies) < wanted:
-            if done:
-                observation, info = env.reset()
-            reply = expert(rng)
-            action = reply["action"]
-            if rng.random() < config.noise and info.get("actions"):
-                reply = {**reply, "action": str(rng.choice(info["actions"]))}
+        for observation, reply, info in islice(played(config, seed), config.turns):
             frames.append(policy.processor.shrink(observation["image"]))
             prompts.append(observation["prompt"])
-            self.replies.append(policy.processor.reply_ids(json.dumps(reply)))
+            self.replies.append(policy.processor.reply_ids(json.dumps(reply, ensure_ascii=False)))
             self.labels.append(visible(info))
-            observation, _, terminated, truncated, info = env.step(action)
-            done = terminated or truncated
         for at in range(0, len(frames), 64):
             self.observed += policy.observe(frames[at : at + 64], prompts[at : at + 64])
+
+
+def played(
+    config: DemonstrationConfig, seed: int
+) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """The turns of an environment's expert without end: (observation, reply to learn, info).
+
+    Raises:
+        ConfigError: the environment has no `demonstrate`.
+    """
+    env = make_env(config.id, **config.options)
+    expert = attribute(env, "demonstrate")
+    if expert is None:
+        raise ConfigError(
+            f"{config.id} has no demonstrate(rng): nothing to imitate (docs/environments.md)"
+        )
+    rng = np.random.default_rng(seed)
+    observation, info = env.reset(seed=seed)
+    while True:
+        reply = expert(rng)
+        action, legal = reply["action"], info.get("actions")
+        if rng.random() < config.noise and legal:
+            reply = {**reply, "action": str(rng.choice(legal))}
+        yield observation, reply, info
+        if config.stray and legal and rng.random() < config.stray:
+            action = str(rng.choice(legal))
+        observation, _, terminated, truncated, info = env.step(action)
+        if terminated or truncated:
+            observation, info = env.reset()
+
+
+def vocabulary(config: SFTConfig) -> Any:
+    """The tokenizer of a tiny model; None is that of the card games."""
+    if config.vocabulary == "cards":
+        return None
+    texts, pieces = [str(n) for n in range(100)] * 40, set(config.pieces)
+    for i, demonstrations in enumerate(config.demonstrations):
+        turns = islice(played(demonstrations, config.seed * 1000 + i), WORDY_TURNS)
+        for observation, reply, _ in turns:
+            texts += [observation["prompt"], *map(str, reply.values())]
+            keys = list(reply)
+            pieces |= {f'{{"{keys[0]}": "', *(f'", "{key}": "' for key in keys[1:]), '"}'}
+    return starter.tokenizer(texts, starter.WORD_TOKENS, sorted(pieces))
 
 
 def _schedule(config: SFTConfig, step: int, steps: int) -> float:
@@ -151,31 +184,35 @@ def imitate(policy: Policy, data: Demonstrations, config: SFTConfig, report: Rep
     ):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * _schedule(config, step, config.steps)
-        chosen = [int(i) for i in rows]
-        inputs = make_inputs(
-            [data.observed[i] for i in chosen], [data.replies[i] for i in chosen], pad
-        )
-        scores = score(policy, inputs)
-        loss = -scores.logprobs.sum() / inputs.response_mask.sum()
-        loss.backward()
+        chosen = sorted((int(i) for i in rows), key=lambda i: len(data.observed[i].prompt_ids))
+        total, loss = sum(len(data.replies[i]) for i in chosen), 0.0
+        for at in range(0, len(chosen), MICROBATCH):  # of like lengths, so that little is padding
+            part = chosen[at : at + MICROBATCH]
+            inputs = make_inputs(
+                [data.observed[i] for i in part], [data.replies[i] for i in part], pad
+            )
+            share = -score(policy, inputs).logprobs.sum() / total
+            share.backward()
+            loss += share.item()
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"gradient norm is {norm.item()} at step {step}; lower lr")
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step + 1 == config.steps:
-            report({"step": step, "loss": loss.item(), "grad_norm": norm.item()})
+            report({"step": step, "loss": loss, "grad_norm": norm.item()})
 
 
 def _recipe(config: SFTConfig) -> str:
-    """What `eval` and `play` need to know of the model: the style of prompt it was shown."""
-    styles = {
-        demonstrations.options.get("prompt", "full") for demonstrations in config.demonstrations
-    }
-    style = styles.pop() if len(styles) == 1 else "full"
-    return (
-        f"env: {{options: {{prompt: {style}}}}}\nmodel: {{attention: {config.model.attention}}}\n"
-    )
+    """What `eval` and `play` need to know of the model: its environment, or the style of prompt it was shown."""
+    ids = {demonstrations.id for demonstrations in config.demonstrations}
+    options = [demonstrations.options for demonstrations in config.demonstrations]
+    styles = {given.get("prompt", "full") for given in options}
+    env: dict[str, Any] = {"options": {"prompt": styles.pop() if len(styles) == 1 else "full"}}
+    if len(ids) == 1:
+        same = {k: v for k, v in options[0].items() if all(given.get(k) == v for given in options)}
+        env = {"id": ids.pop(), "options": {k: v for k, v in same.items() if k != "split"}}
+    return yaml.safe_dump({"env": env, "model": {"attention": config.model.attention}})
 
 
 def train(config: SFTConfig, report: Report) -> Path:
@@ -190,7 +227,7 @@ def train(config: SFTConfig, report: Report) -> Path:
     out, began = Path(config.out), time.monotonic()
     model = config.model
     if config.architecture is not None:
-        starter.build(config.architecture, out, config.seed)
+        starter.build(config.architecture, out, config.seed, vocabulary(config))
         model = replace(model, path=str(out))
     policy = Policy(model, temperature=1.0, seed=config.seed)
     data = Demonstrations()

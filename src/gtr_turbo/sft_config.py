@@ -23,10 +23,13 @@ class DemonstrationConfig:
     """Different turns to demonstrate."""
     noise: float = 0.0
     """Chance that the demonstrated action is replaced by a random legal one; thoughts stay right."""
+    stray: float = 0.0
+    """Chance that a random legal action is played in place of the demonstrated one, which is what is learned:
+    so there are demonstrations of what to do after a mistake (DART, Laskey et al. 2017)."""
 
     def __post_init__(self) -> None:
         positive(self, "turns")
-        fraction(self, "noise")
+        fraction(self, "noise", "stray")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,11 @@ class SFTConfig:
     """Folder to write the model to."""
     architecture: Literal["qwen3-vl", "qwen2.5-vl"] | None = None
     """Begin with a tiny model of random weights instead of `model.path`."""
+    vocabulary: Literal["cards", "demonstrations"] = "cards"
+    """What a tiny model's tokens are made of: the words of the card games, or those that the demonstrations
+    show."""
+    pieces: tuple[str, ...] = ()
+    """With `vocabulary: demonstrations`, strings that are one token each, beside the reply's JSON."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vision="trained"))
     demonstrations: list[DemonstrationConfig] = field(
         default_factory=lambda: [DemonstrationConfig()]
@@ -67,5 +75,11 @@ class SFTConfig:
     def __post_init__(self) -> None:
         positive(self, "steps", "batch_turns", "lr", "threads")
         not_negative(self, "vision_steps", "warmup_steps", "weight_decay", "seed")
+        if self.pieces and self.vocabulary == "cards":
+            raise ConfigError(
+                "pieces are given, so vocabulary must be 'demonstrations', got 'cards'"
+            )
+        if self.vocabulary != "cards" and self.architecture is None:
+            raise ConfigError("vocabulary is given, but no architecture: model.path has its own")
         if not self.demonstrations:
             raise ConfigError("demonstrations is empty; name at least one environment")

@@ -117,7 +117,7 @@ class ExternalConfig:
                 "guidance.external.key_variable must be the NAME of an environment variable, in capitals, "
                 "such as OPENAI_API_KEY; a key itself does not belong into settings"
             )
-        if not _is_base_url(self.base_url):
+        if not is_base_url(self.base_url):
             raise ConfigError(
                 "guidance.external.base_url must be http(s)://HOST[:PORT]/PATH in ASCII, without user, password, "
                 "query or fragment (keys are read from the environment variable that "
@@ -146,7 +146,7 @@ class ExternalConfig:
         return key
 
 
-def _is_base_url(text: str) -> bool:
+def is_base_url(text: str) -> bool:
     """Whether a client can take it, and it holds an address only."""
     try:
         url = urlsplit(text)

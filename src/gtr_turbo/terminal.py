@@ -49,6 +49,15 @@ SHOWN = (
     ("merge, fixed deals", "eval/teacher_success", "{:.1%}"),
 )
 
+PRINTABLE = {"\n": " ", "\t": " "}
+
+
+def printable(text: str) -> str:
+    """Text safe for a terminal: control characters are shown as escapes, never obeyed."""
+    return "".join(
+        PRINTABLE.get(c, c) if c.isprintable() or c in PRINTABLE else repr(c)[1:-1] for c in text
+    )
+
 
 def sparkline(values: list[float], width: int = 32) -> str:
     """A row of block characters, the newest `width` values, scaled to their range."""
@@ -203,6 +212,46 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
         f"peak memory {summary['peak_rss_mb']:.0f} MB",
         highlight=False,
     )
+
+
+def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
+    """The table of `gtr-turbo eval`: a row for each measure, a column for each player.
+
+    Below a success stands its 95 % interval.
+
+    Args:
+        console: where to print.
+        found: what `--json` prints.
+    """
+    players = {"agent": found} if "success" in found else {}
+    players |= found.get("baselines", {})
+    some = next(iter(players.values()))
+    how = "greedy" if found["greedy"] else "sampled"
+    title = f"{found['env']} ({found['split']}), {some['episodes']} episodes"
+    title = f"{title}, {how}" if "agent" in players else title
+    table = Table(title=escape(printable(title)), title_style="bold")
+    table.add_column()
+    for name in players:
+        table.add_column(name, justify="right")
+
+    def row(label: str, cells: list[str]) -> None:
+        if any(cell != "-" for cell in cells):
+            table.add_row(escape(printable(label)), *cells)
+
+    def measured(shown: Mapping[str, Any] | None) -> str:
+        return percent(shown["success"], shown["interval"]) if shown else "-"
+
+    row("success", [measured(player) for player in players.values()])
+    for name, group in some["groups"].items():
+        of_group = [measured(player["groups"].get(name)) for player in players.values()]
+        row(f"{name} ({group['episodes']})", of_group)
+    row("agent minus it", [measured(player.get("difference")) for player in players.values()])
+    for key, label in (("goal_conditions", "goal conditions met"), ("valid", "valid replies")):
+        row(label, [percent(player[key]) for player in players.values()])
+    row("return", [f"{player['return']:.3f}" for player in players.values()])
+    for name in dict.fromkeys(name for player in players.values() for name in player["facts"]):
+        row(name, [percent(player["facts"].get(name)) for player in players.values()])
+    console.print(table)
 
 
 class MergeView:

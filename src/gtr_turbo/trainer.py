@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,6 @@ from gtr_turbo.distributed.ranks import ALONE, Ranks
 from gtr_turbo.evaluate import Evaluation, evaluate
 from gtr_turbo.learner import Learner, per_turn
 from gtr_turbo.learning.update import TrainingError
-from gtr_turbo.policy.model import Policy
 from gtr_turbo.teacher.endpoint import Endpoint
 from gtr_turbo.trackers import Trackers
 from gtr_turbo.tracking import (
@@ -83,6 +83,7 @@ def train(
         ranks: the processes of the run; the first writes all files.
 
     Raises:
+        EngineError: with `rollout.engine: vllm`, the server is gone for good or writes with other weights.
         TrainingError: a loss or gradient is not finite, sampler and scoring disagree, or the corrector's
             budget is spent or its endpoint gone (there is a checkpoint then).
         checkpoint.CheckpointError: the checkpoint is damaged or of another run.
@@ -105,6 +106,7 @@ def train(
         return _train(config, run, view, learner, state, trackers, spent)
     finally:
         trackers.close()
+        learner.close()
 
 
 def _train(
@@ -118,7 +120,7 @@ def _train(
 ) -> dict[str, Any]:
     """The loop itself."""
     evaluations: dict[str, Any] = state.get("evaluations") or _evaluate(
-        learner.policy, config, view, "before", {}
+        learner, config, view, "before", {}
     )
     ranks = learner.policy.ranks
     spent.before(state.get("seconds", 0.0), state.get("cpu_seconds", 0.0) / ranks.world)
@@ -132,7 +134,7 @@ def _train(
         clock, sent = Clock(), ranks.sent_bytes
         turns, batch, learned = learner.step(iteration, clock)
         merged = learner.remember(iteration, batch, clock)
-        evaluated = _evaluate_between(learner.policy, config, view, iteration + 1, clock)
+        evaluated = _evaluate_between(learner, config, view, iteration + 1, clock)
         row = {
             "update": iteration + 1,
             "env_steps": (iteration + 1) * config.turns_per_update,
@@ -170,13 +172,13 @@ def _train(
             )
         if learner.stopped and not last:
             raise TrainingError(f"stopped after update {iteration + 1}: {learner.stopped}")
-    evaluations = _evaluate(learner.policy, config, view, "after", evaluations)
+    evaluations = _evaluate(learner, config, view, "after", evaluations)
     peak = ranks.largest(peak_rss_mb())
     return _summary(config, run, evaluations, spent.seconds, peak) if ranks.first else {}
 
 
 def _evaluate(
-    policy: Policy, config: TrainConfig, view: View, when: str, known: dict[str, Any]
+    learner: Learner, config: TrainConfig, view: View, when: str, known: dict[str, Any]
 ) -> dict[str, Any]:
     """Evaluate before or after: student, and after training the merge too; results by `when/split/which`."""
     found = dict(known)
@@ -184,23 +186,25 @@ def _evaluate(
         return found
     for split in (config.env.eval_split, *config.eval.extra_splits):
         about = (split, config.eval.episodes)
-        found[f"{when}/{split}/student"] = _one(policy, config, view, f"student {when}", *about)
+        found[f"{when}/{split}/student"] = _one(learner, config, view, f"student {when}", *about)
         if when == "after":
-            with policy.as_teacher():
-                found[f"{when}/{split}/teacher"] = _one(policy, config, view, "merge after", *about)
+            found[f"{when}/{split}/teacher"] = _one(
+                learner, config, view, "merge after", *about, teacher=True
+            )
     return found
 
 
 def _evaluate_between(
-    policy: Policy, config: TrainConfig, view: View, update: int, clock: Clock
+    learner: Learner, config: TrainConfig, view: View, update: int, clock: Clock
 ) -> dict[str, float]:
     """The `eval` group, in updates at which an evaluation is due: student and merge on the same episodes."""
     if not config.eval.interval or update % config.eval.interval:
         return {}
     split, episodes = config.env.eval_split, config.eval.interval_episodes
-    student = _one(policy, config, view, f"student at update {update}", split, episodes)
-    with policy.as_teacher():
-        teacher = _one(policy, config, view, f"merge at update {update}", split, episodes)
+    student = _one(learner, config, view, f"student at update {update}", split, episodes)
+    teacher = _one(
+        learner, config, view, f"merge at update {update}", split, episodes, teacher=True
+    )
     clock.lap("evaluate")
     return {
         "eval/student_success": student["success"],
@@ -210,20 +214,31 @@ def _evaluate_between(
 
 
 def _one(
-    policy: Policy, config: TrainConfig, view: View, what: str, split: str | None, episodes: int
+    learner: Learner,
+    config: TrainConfig,
+    view: View,
+    what: str,
+    split: str | None,
+    episodes: int,
+    *,
+    teacher: bool = False,
 ) -> dict[str, Any]:
+    """The merge writes in this process, whatever the engine: its change has no low rank to be sent."""
+
     def told(done: int) -> None:
         view.evaluating(f"{what} ({split})" if split else what, done, episodes)
 
-    result: Evaluation = evaluate(
-        policy,
-        config.env,
-        config.sampling,
-        episodes=episodes,
-        split=split,
-        seed=config.seed,
-        on_episode=told,
-    )
+    with learner.policy.as_teacher() if teacher else nullcontext():
+        result: Evaluation = evaluate(
+            learner.policy,
+            config.env,
+            config.sampling,
+            episodes=episodes,
+            split=split,
+            seed=config.seed,
+            on_episode=told,
+            engine=None if teacher else learner.engine,
+        )
     summary = result.summary()
     return {key: value for key, value in summary.items() if key != "records"}
 

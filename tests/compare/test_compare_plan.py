@@ -154,6 +154,22 @@ def test_a_folder_with_another_run_is_refused_by_name(tmp_path, recipe):
         examine(finished(tmp_path / "other"), replace(recipe, seed=4))
 
 
+def test_settings_of_a_guidance_that_is_not_in_use_make_no_other_run(tmp_path, recipe):
+    run = finished(tmp_path / "run")
+    guidance = recipe.guidance
+    elsewhere = replace(guidance.external, base_url="http://127.0.0.1:9/v1")
+    more = replace(guidance.imitation, samples=7)
+    assert guidance.kind == "kl"
+    unread = replace(guidance, external=elsewhere, imitation=more)
+    assert examine(run, replace(recipe, guidance=unread))[0] == "finished"
+    for kind, name in (("sft", "imitation.samples"), ("external", "external.base_url")):
+        settings = {"guidance": {"kind": kind, "external": {"key_variable": None}}}
+        one = finished(tmp_path / kind, over=settings)
+        used = replace(unread, kind=kind, external=replace(elsewhere, key_variable=None))
+        with pytest.raises(ConfigError, match=rf"guidance\.{name} is "):
+            examine(one, replace(recipe, guidance=used))
+
+
 def test_a_config_of_another_version_is_refused_by_name(tmp_path, recipe):
     run = finished(tmp_path / "run")
     with open(run / "config.yaml", "a") as file:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from gtr_turbo.distributed.ranks import ALONE, LostContact, connect, join
 from gtr_turbo.evaluate import evaluate
 from gtr_turbo.learner import credit
 from gtr_turbo.learning.update import make_optimizer, update
+from gtr_turbo.policy.memory import USED, Microbatch
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.scoring import score
 from gtr_turbo.teacher.guidance import guide
@@ -114,9 +116,9 @@ def apart(ours, theirs):
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
-def same_update(path, ranks, out):
+def same_update(path, turns, ranks, out):
     """One process, two ranks, two ranks with sharded weights: the same turns."""
-    turns, found = turns_of(path), {}
+    found = {}
     for form, credit_at in (("full", "token"), ("lora", "advantage")):
         single = policy_of(path, form, ALONE)
         start = weights(single)
@@ -213,15 +215,53 @@ def moments_of(optimizer):
 
 
 def evaluations(path, ranks):
-    """Greedy replies, so that sampling plays no part."""
+    """Greedy replies, so that sampling plays no part; of one episode the second rank has none."""
     env = EnvConfig(options={"prompt": "compact"}, num_envs=4)
-    found = []
-    for who in (ALONE, ranks):
-        policy = policy_of(path, "full", who)
-        result = evaluate(
-            policy, env, SamplingConfig(max_new_tokens=6), episodes=5, split="held-out", seed=3, greedy=True
-        )  # fmt: skip
-        found.append(result.summary())
+    found = {}
+    for episodes, shard in ((5, False), (1, True)):
+        for who in (ALONE, ranks):
+            policy = policy_of(path, "full", who, shard=shard and who is ranks)
+            result = evaluate(
+                policy, env, SamplingConfig(max_new_tokens=6), episodes=episodes, split="held-out", seed=3,
+                greedy=True,
+            )  # fmt: skip
+            found.setdefault(str(episodes), []).append(result.summary())
+    return found
+
+
+class Room:
+    """A device in which a pass takes 10 and 9 a turn; `room` is left beside Adam's moments."""
+
+    def __init__(self, room):
+        self._room, self._peaks = room, iter([19, 19, 46])
+
+    def start(self):
+        pass
+
+    def peak(self):
+        return next(self._peaks)
+
+    def free(self):
+        return self._room / USED
+
+
+def sizes(path, turns, ranks):
+    """The second rank has less memory: for 10 turns by measure, and in the end for one."""
+    policy = policy_of(path, "lora", ALONE)
+    moments = 2 * sum(parameter.nbytes for parameter in policy.trained().values())
+    auto = replace(PPO, microbatch_turns="auto", minibatch_turns=12)
+    meter = Room(moments + (100 if ranks.rank else 1000))
+    micro = Microbatch(auto, print, meter, ranks=ranks)
+    micro.measure(policy, [turn.observed for turn in turns], 5)
+    found = {"measured": micro.turns, "tried": []}
+
+    def work(turns):
+        found["tried"].append(turns)
+        if ranks.rank and turns > 1:
+            raise torch.OutOfMemoryError("full")
+        return turns
+
+    found["done"] = micro.attempt(work)
     return found
 
 
@@ -252,9 +292,11 @@ def main():
     collect.generate = worded
     place = launch()
     connect(place)
-    with join(place, "cpu", 120.0) as ranks:
+    with join(place, "cpu", 600.0) as ranks:
         found = {"gradients": odd_gradients(ranks)}
-        found["update"] = same_update(path, ranks, out)
+        turns = turns_of(path)
+        found["sizes"] = sizes(path, turns, ranks)
+        found["update"] = same_update(path, turns, ranks, out)
         found["resumed"] = resumed(path, run, ranks)
         collect.generate = GENERATE
         found["evaluations"] = evaluations(path, ranks)

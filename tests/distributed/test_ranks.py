@@ -13,7 +13,7 @@ from gtr_turbo import checkpoint, trainer
 from gtr_turbo.checkpoint import own_folder
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.cli import main
-from gtr_turbo.config import DistributedConfig, EnvConfig
+from gtr_turbo.config import DistributedConfig, EnvConfig, ModelConfig, RolloutConfig
 from gtr_turbo.distributed import launch as launching
 from gtr_turbo.distributed.launch import Launch, launch
 from gtr_turbo.settings import dump_config
@@ -83,15 +83,10 @@ def test_sharded_weights_and_whole_ones_learn_the_same(found, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_means_over_turns_are_those_of_one_process(found, form):
-    """Per turn they are the same; per token one process averages micro-batches, ranks average tokens."""
+def test_the_numbers_of_an_update_are_those_of_one_process(found, form):
     ours, single = found["update"][form]["stats"], found["update"][form]["reference"]
-    assert set(ours) == set(single)
-    for name in (
-        "ppo/policy_loss", "ppo/entropy", "critic/loss", "ppo/grad_norm", "critic/grad_norm",
-        "critic/explained_variance", "critic/explained_variance_before", "ppo/lr",
-    ):  # fmt: skip
-        assert ours[name] == pytest.approx(single[name], rel=1e-5, abs=1e-6), name
+    assert {"ppo/approx_kl", "ppo/first_log_ratio", "thought/entropy"} < set(single)
+    assert ours == pytest.approx(single, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("form", ["full/ddp", "lora/ddp"])
@@ -117,10 +112,16 @@ def test_a_checkpoint_of_sharded_weights_is_one_of_whole_weights(found, form):
     assert case["class"] == ["Qwen3VLForConditionalGeneration"]
 
 
-def test_episodes_are_the_same_however_many_ranks_share_them(found):
-    alone, shared = found["evaluations"]
-    assert [record["number"] for record in shared["records"]] == list(range(5))
+@pytest.mark.parametrize("episodes", [5, 1])
+def test_episodes_are_the_same_however_many_ranks_share_them(found, episodes):
+    alone, shared = found["evaluations"][str(episodes)]
+    assert [record["number"] for record in shared["records"]] == list(range(episodes))
     assert shared == alone
+
+
+def test_the_rank_with_least_memory_decides_how_many_turns_go_at_once(found):
+    """By hand: 1 + (100 - 19) / 9 = 10 turns, 6 in equal parts of 12; then halves until one fits."""
+    assert found["sizes"] == {"measured": 6, "tried": [6, 3, 1], "done": 1}
 
 
 def test_two_ranks_go_on_with_a_run_of_one_process(found):
@@ -145,7 +146,7 @@ def test_ranks_that_disagree_are_told(found):
 
 def test_a_rank_that_dies_leaves_nobody_waiting(found):
     assert "ended without a word" in found["lost"]["said"]
-    assert found["lost"]["seconds"] < 30
+    assert found["lost"]["seconds"] < 300  # of a time-out of 600
 
 
 def torchrun(*arguments, **more):
@@ -156,35 +157,13 @@ def rows_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_nodes_train_sharded_weights_and_one_process_goes_on(tiny, tmp_path):
-    run, file = tmp_path / "run", tmp_path / "config.yaml"
-    file.write_text(dump_config(settings(tiny, env_steps=4)))
-    port = free_port()
-    nodes = [
-        torchrun(
-            "--nnodes", 2, "--node-rank", node, "--nproc-per-node", 1, "--master-addr", "127.0.0.1",
-            "--master-port", port, "-m", "--", "gtr_turbo", "train", "--config", file, "--run", run,
-            "--distributed.shard", "true",
-        )
-        for node in range(2)
-    ]  # fmt: skip
-    told = [end(node) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(told)
-    state = checkpoint.read_state(checkpoint.folders(run)[-1])
-    assert [len(env["actions"]) for env in state["envs"]] == [2, 2]
-    with own_folder(run):
-        trainer.train(settings(tiny, env_steps=8), run, Silent(), resume=True)
-    assert [row["update"] for row in rows_of(run)] == [1, 2]
-    new = checkpoint.read_state(checkpoint.folders(run)[-1])["envs"]
-    assert [env["actions"][:2] for env in new] == [env["actions"] for env in state["envs"]]
-
-
 def test_a_rank_that_fails_is_told_once_and_a_restarted_job_goes_on(tiny, tmp_path):
+    """Sharded, by the command; then one process goes on with whole weights."""
     run, file = tmp_path / "run", tmp_path / "config.yaml"
     file.write_text(dump_config(settings(tiny, env_steps=8)))
     job = torchrun(
         "--standalone", "--nproc-per-node", 2, "--max-restarts", 1, "--", HERE / "failing.py",
-        "train", "--config", file, "--run", run,
+        "train", "--config", file, "--run", run, "--distributed.shard", "true",
     )  # fmt: skip
     told = end(job)
     assert job.returncode == 0, told
@@ -192,6 +171,14 @@ def test_a_rank_that_fails_is_told_once_and_a_restarted_job_goes_on(tiny, tmp_pa
     assert "gtr-turbo: the roof of rank 1 leaks" in told
     assert [row["update"] for row in rows_of(run)] == [1, 2]
     assert (run / "summary.json").exists()
+    state = checkpoint.read_state(checkpoint.folders(run)[-1])
+    assert [len(env["actions"]) for env in state["envs"]] == [4, 4]
+    with own_folder(run):
+        trainer.train(settings(tiny, env_steps=12), run, Silent(), resume=True)
+    assert [row["update"] for row in rows_of(run)] == [1, 2, 3]
+    new = checkpoint.read_state(checkpoint.folders(run)[-1])["envs"]
+    for env, old in zip(new, state["envs"], strict=True):
+        assert env["episode"] > old["episode"] or env["actions"][:4] == old["actions"]
 
 
 @pytest.fixture
@@ -245,6 +232,14 @@ def test_restarts_need_a_run_folder(among, capsys):
     [
         ({"env": EnvConfig(num_envs=2)}, 3, r"env\.num_envs=2 .* 3 ranks must divide it"),
         ({"distributed": DistributedConfig(shard=True)}, 1, "needs several ranks"),
+        (
+            {
+                "model": ModelConfig(path="x", train="lora"),
+                "rollout": RolloutConfig(turns_per_env=2, engine="vllm"),
+            },
+            2,
+            "rollout.engine='vllm' trains in one process only",
+        ),
         (
             {"guidance": GuidanceConfig(kind="sft")},
             2,

@@ -171,6 +171,14 @@ BROKEN = {
     "text reward": ({"step": changed_step(1, "1")}, "finite number, got '1'"),
     "flag is 0": ({"step": changed_step(2, 0)}, "terminated must be a bool, got 0"),
     "endless": ({"step": changed_step(2, False)}, "did not end in 200 turns"),
+    "task is 3": ({"step": changed_step(4, {"task": 3})}, "must be a str, .* got 3"),
+    "met in percent": ({"step": changed_step(4, {"goal_conditions": 50})}, "0 to 1, got 50"),
+    "met as text": ({"step": changed_step(4, {"goal_conditions": "1"})}, "0 to 1, got '1'"),
+    "met is NaN": ({"step": changed_step(4, {"goal_conditions": np.nan})}, "0 to 1, got nan"),
+    "task is a list at reset": (
+        {"reset": lambda self, **_: (Sound.reset(self, seed=1)[0], {"task": ["a"]})},
+        r"must be a str, .* got \['a'\]",
+    ),
     "actions are numbers": (
         {"reset": lambda self, **_: (Sound.reset(self, seed=1)[0], {"actions": [0, 1]})},
         r"must list strings, got \[0, 1\]",

@@ -7,12 +7,13 @@ from transformers import AutoModelForImageTextToText
 
 from gtr_turbo.config import SamplingConfig
 from gtr_turbo.learning.losses import ESTIMATORS
+from gtr_turbo.policy import scoring
 from gtr_turbo.policy.generation import generate
 from gtr_turbo.policy.scoring import score, values
 from gtr_turbo.teacher.guidance import guide
 from gtr_turbo.teaching_config import GuidanceConfig
 from gtr_turbo.turns.batch import Batch, select
-from tiny import inputs_of, make_policy, observations, perturb, replies, responses
+from tiny import Bytes, inputs_of, make_policy, observations, perturb, replies, responses
 
 
 @pytest.fixture
@@ -190,3 +191,98 @@ def test_no_gradient_reaches_a_frozen_vision_tower_and_one_reaches_a_trained_one
         score(policy, inputs_of(policy, observed, responses(policy, 1))).logprobs.sum().backward()
         grads = [p.grad is not None for n, p in policy.model.named_parameters() if "visual" in n]
         assert all(grads) if expected else not any(grads)
+
+
+def _gradients(policy, inputs, *, entropy):
+    """(scores, gradients of a weighted sum of the log-probs, and of the entropy if asked for)."""
+    scores = score(policy, inputs, entropy_gradient=entropy)
+    weights = torch.linspace(-1, 1, scores.logprobs.numel()).view(scores.logprobs.shape)
+    loss = (weights * scores.logprobs).sum() + (scores.entropy.sum() if entropy else 0)
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in policy.trained().items() if p.grad is not None}
+    policy.zero_grad()
+    return scores, found
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_scoring_some_tokens_at_a_time_changes_neither_values_nor_gradients(
+    either, train, entropy, monkeypatch
+):
+    """With `full` the head is tied to the embeddings and trained: its gradient is a sum over the parts."""
+    policy = make_policy(either, train=train, lora_rank=4)
+    perturb(policy)
+    inputs = inputs_of(policy, observations(policy, 4), responses(policy, 4))
+    whole, expected = _gradients(policy, inputs, entropy=entropy)
+    monkeypatch.setattr(scoring, "LOGITS", 3 * len(policy.banned))  # three tokens a part
+    parts, found = _gradients(policy, inputs, entropy=entropy)
+    torch.testing.assert_close(parts.logprobs, whole.logprobs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(parts.entropy, whole.entropy, atol=1e-5, rtol=1e-5)
+    assert whole.entropy.requires_grad == entropy
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        distribution = score(policy, inputs, distribution=True).distribution
+    taken = distribution.gather(-1, inputs.response_ids[..., None]).squeeze(-1)
+    real = inputs.response_mask
+    torch.testing.assert_close(taken[real], whole.logprobs[real].detach(), atol=1e-5, rtol=1e-5)
+    assert distribution[~real].isneginf().all()
+
+
+def test_the_logits_of_all_tokens_never_lie_in_memory(tiny, monkeypatch):
+    """Counted from the hidden states to their gradient: what comes before is the same either way."""
+    policy = make_policy(tiny, train="lora", lora_rank=4)
+    size, head = len(policy.banned), policy._plain.get_output_embeddings()
+    inputs = inputs_of(policy, observations(policy, 32), [torch.arange(50) + 300] * 32)
+    logits = 32 * 50 * size * 4  # bytes of (B, R, V) in float32
+    states = torch.randn(32, 51, 128, requires_grad=True)
+    monkeypatch.setattr(policy, "forward_states", lambda **_: (states, states, head))
+
+    def backward(tokens, **options):
+        monkeypatch.setattr(scoring, "LOGITS", tokens * size)
+        with Bytes() as counted:
+            scores = score(policy, inputs, **options)
+            held = counted.live
+            scores.logprobs.sum().backward()
+        return counted, held
+
+    (parts, held), (whole, held_whole) = backward(40), backward(1600)
+    assert whole.largest == logits
+    assert whole.peak > 3 * logits
+    assert parts.largest < logits / 5  # the states
+    assert parts.peak < logits
+    assert held < 0.5 * logits < held_whole  # what waits for the backward pass
+    assert backward(1600, entropy_gradient=True)[1] > held_whole + 0.9 * logits
+
+
+@torch.no_grad()
+def test_a_model_whose_logits_are_more_than_its_head_is_scored_by_its_own(tiny, monkeypatch):
+    policy = make_policy(tiny)
+    inputs = inputs_of(policy, observations(policy, 3), responses(policy, 3))
+    expected = score(policy, inputs)
+    policy.processor.native = False  # as of any other architecture
+    monkeypatch.setattr(scoring, "LOGITS", 2 * len(policy.banned))
+    found = score(policy, inputs)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_raw_log_probs_are_the_models_own(policy):
+    """At temperature 1 with nothing banned: those of the policy at 1, times what is not banned."""
+    observed = observations(policy, 2)
+    inputs = inputs_of(policy, observed, responses(policy, 2))
+    raw = score(policy, inputs, raw=True).raw
+    assert score(policy, inputs).raw is None
+    keep = policy.banned.clone()
+    try:
+        policy.banned.zero_()
+        everything = score(policy, inputs, temperature=1.0, distribution=True)
+    finally:
+        policy.banned.copy_(keep)
+    assert torch.allclose(raw, everything.logprobs, atol=1e-5)
+    allowed = everything.distribution.exp()[..., ~keep].sum(-1)
+    banned = score(policy, inputs, temperature=1.0).logprobs
+    real = inputs.response_mask
+    assert torch.allclose(raw[real], (banned + allowed.log())[real], atol=1e-5)
+    assert (raw[real] < banned[real]).all()

@@ -5,7 +5,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
+from gtr_turbo.policy import swap
 from gtr_turbo.policy.scoring import score
+from gtr_turbo.policy.weights import _product
 from tiny import inputs_of, make_policy, observations, perturb, responses
 
 LORA = {"train": "lora", "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0}
@@ -205,3 +207,116 @@ def test_the_saved_adapter_names_its_rank(tiny, tmp_path):
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (saved["r"], saved["lora_alpha"]) == (4, 8)
     assert not any("visual" in name or "lm_head" in name for name in saved["target_modules"])
+
+
+BF16 = {"dtype": "bfloat16"}
+TYPES = pytest.mark.parametrize("dtype", [{}, BF16], ids=["float32", "bfloat16"])
+
+
+@TYPES
+@FORMS
+def test_weights_of_either_type_come_back_from_a_swap_that_fails_half_way(tiny, form, dtype):
+    policy = make_policy(tiny, **form, **dtype)
+    perturb(policy)
+    policy.load_teacher(noise(policy))
+    before, names = bits(policy), list(dict(policy.deltas()))
+    teacher, half = policy._teacher, len(names) // 2
+
+    class Broken(dict):
+        def items(self):
+            for i, name in enumerate(names):
+                if i == half:
+                    raise MemoryError(name)
+                yield name, teacher[name]
+
+    policy._teacher = Broken(teacher)
+    with pytest.raises(MemoryError, match=names[half]), policy.as_teacher():
+        raise AssertionError("the block must not run")
+    assert same(bits(policy), before)
+    policy._teacher = teacher
+    with policy.as_teacher():
+        for name, held in policy._exchanged().items():
+            assert torch.equal(held, teacher[name])
+    assert same(bits(policy), before)
+
+
+@FORMS
+def test_in_bfloat16_the_teacher_is_rounded_once_and_lies_in_the_type_of_the_weights(tiny, form):
+    policy = make_policy(tiny, **form, **BF16)
+    start = {name: tensor.clone() for name, tensor in policy._exchanged().items()}
+    perturb(policy)
+    change = noise(policy)
+    policy.load_teacher(change)
+    state = policy.teacher_state()
+    del state["norm"]
+    for name, tensor in state.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, (start[name].float() + change[name]).bfloat16())
+
+
+def test_with_adapters_only_the_teacher_and_the_base_move_and_the_base_is_kept_once(tiny):
+    policy = make_policy(tiny, **LORA, **BF16)
+    policy.load_teacher(noise(policy))
+    size = sum(tensor.nbytes for tensor in policy._exchanged().values())
+    kept = {name: tensor.data_ptr() for name, tensor in policy._own.items()}
+    policy.mover.take()
+    for _ in range(2):
+        with policy.as_teacher():
+            pass
+        assert policy.mover.take()["system/swap_mb"] == pytest.approx(2 * size / 1e6)
+    assert {name: tensor.data_ptr() for name, tensor in policy._own.items()} == kept
+    with policy.as_start():  # fresh adapters: the base lies there already
+        pass
+    assert policy.mover.take()["system/swap_mb"] == 0
+    held = {tensor.data_ptr() for tensor in policy._teacher.values()}
+    policy.load_teacher(noise(policy, seed=2))  # the next merge takes the place of the last
+    assert {tensor.data_ptr() for tensor in policy._teacher.values()} == held
+
+
+def test_changes_are_made_of_exact_products_where_passes_may_round(tiny):
+    policy = make_policy(tiny, **LORA, **BF16)
+    assert torch.backends.cuda.matmul.allow_tf32  # for passes on a GPU
+    changes = policy.deltas()
+    next(changes)
+    assert torch.backends.cuda.matmul.allow_tf32
+    seen = []
+
+    class Watched(torch.Tensor):
+        def __matmul__(self, other):
+            seen.append(torch.backends.cuda.matmul.allow_tf32)
+            return super().__matmul__(other)
+
+    product = _product(torch.eye(2).as_subclass(Watched), torch.full((2, 2), 3.0))
+    assert product.tolist() == [[3.0, 3.0], [3.0, 3.0]]
+    assert seen == [False]
+
+
+def test_a_swap_within_a_swap_is_refused(tiny):
+    policy = make_policy(tiny, **LORA)
+    policy.load_teacher(noise(policy))
+    before = bits(policy)
+    with policy.as_teacher():
+        inside = bits(policy)
+        with pytest.raises(RuntimeError, match="does not nest"), policy.as_start():
+            pass
+        assert same(bits(policy), inside)
+    assert same(bits(policy), before)
+
+
+def test_tensors_share_blocks_of_bounded_size_without_overlap(monkeypatch):
+    monkeypatch.setattr(swap, "BLOCK", 256)
+    like = {
+        "a": torch.zeros(3, 5, dtype=torch.bfloat16),  # 30 bytes: 64
+        "b": torch.zeros(33),  # 132 bytes: 192, with a exactly a block
+        "c": torch.zeros(()),
+        "d": torch.zeros(100),  # above a block: one of its own
+        "e": torch.zeros(2),
+    }
+    made = swap.host_like(like)
+    sizes = {name: tensor.untyped_storage().nbytes() for name, tensor in made.items()}
+    assert sizes == {"a": 256, "b": 256, "c": 64, "d": 448, "e": 64}
+    assert made["a"].untyped_storage().data_ptr() == made["b"].untyped_storage().data_ptr()
+    for number, (name, tensor) in enumerate(made.items()):
+        assert (tensor.shape, tensor.dtype) == (like[name].shape, like[name].dtype)
+        tensor.fill_(number)
+    assert all((tensor == number).all() for number, tensor in enumerate(made.values()))

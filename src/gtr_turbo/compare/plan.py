@@ -278,7 +278,7 @@ def examine(folder: Path, config: TrainConfig) -> tuple[State, int]:
         raise ConfigError(
             f"the config of {folder} cannot be used ({error}); remove the folder or give another --out"
         ) from error
-    if other := different(asdict(found), asdict(config)):
+    if other := different(_in_use(found), _in_use(config)):
         raise ConfigError(
             f"{folder} holds a run with other settings: {'; '.join(other[:5])}"
             f"{'; ...' if len(other) > 5 else ''}. Give another --out, or remove the folder"
@@ -291,6 +291,17 @@ def examine(folder: Path, config: TrainConfig) -> tuple[State, int]:
             "version; take that line out, remove the folder or give another --out"
         )
     return ("unfinished", checkpoints[-1]) if checkpoints else ("new", 0)
+
+
+def _in_use(config: TrainConfig) -> dict[str, Any]:
+    """Its settings, without the groups that its kind of guidance does not read."""
+    settings = asdict(config)
+    guidance = settings["guidance"]
+    if config.guidance.kind != "external":
+        del guidance["external"]
+        if config.guidance.kind != "sft":
+            del guidance["imitation"]
+    return settings
 
 
 def different(stored: Mapping[str, Any], wanted: Mapping[str, Any], above: str = "") -> list[str]:

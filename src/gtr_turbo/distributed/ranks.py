@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -170,18 +170,24 @@ class Ranks:
         """The first rank's JSON value, on every rank."""
         return self.gather(value if self.first else None)[0]
 
-    def spread(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The first rank's float32 tensors on the CPU, bit for bit, on every rank; what others give is not read."""
+    def spread(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The first rank's float32 tensors on the CPU, bit for bit, on every rank, one after the other.
+
+        What the others give is not read. All ranks must take all of them.
+        """
         if self.world == 1:
-            return dict(tensors)
-        found = {}
-        for name, shape in self.from_first([(n, list(t.shape)) for n, t in tensors.items()]):
-            own = tensors[name] if self.first else torch.empty(shape)
-            moved = own.to(self.device).contiguous()
+            yield from tensors
+            return
+        given = iter(tensors) if self.first else iter(())
+        while True:
+            name, own = next(given, (None, torch.empty(0)))
+            name, shape = self.from_first([name, list(own.shape)])
+            if name is None:
+                return
+            moved = (own if self.first else torch.empty(shape)).to(self.device).contiguous()
             with self._talk(moved):
                 dist.broadcast(moved, 0)
-            found[name] = moved.cpu()
-        return found
+            yield name, moved.cpu()
 
     def agree(self, what: str, value: Any) -> None:
         """Check that a JSON value is the same everywhere.

@@ -42,8 +42,8 @@ def shard_of(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """What this rank keeps of a tensor that every rank has, cut as `like`; on the CPU."""
-    return local(shard_of(whole, like)).cpu()
+    """What this rank keeps of a tensor that every rank has, cut as `like`; a plain `like` keeps all of it."""
+    return local(shard_of(whole, like))
 
 
 def joined(part: Tensor, like: Tensor) -> Tensor:
@@ -103,10 +103,14 @@ def gather(model: nn.Module) -> None:
 
 @torch.no_grad()
 def scatter(model: nn.Module) -> None:
-    """Keep only this rank's part of the weights again."""
+    """Keep only this rank's part of the weights again.
+
+    What no layer has (embeddings, head) stays whole from a forward pass to the end of its backward pass: scoring
+    calls the head by itself.
+    """
     for module in _sharded(model):
         module.reshard()
-        module.set_reshard_after_forward(True, recurse=False)
+        module.set_reshard_after_forward(module is not model, recurse=False)
 
 
 def whole_state(model: nn.Module, root: nn.Module) -> dict[str, Tensor]:

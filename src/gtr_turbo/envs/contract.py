@@ -8,6 +8,8 @@ The contract, on top of `gymnasium.Env`:
 * `fields`: class attribute, the JSON keys a reply must have, in order, `"action"` last;
 * `info["actions"]`: the legal action strings, when they can be listed;
 * `info["success"]`: bool, present in the info of the last step of an episode;
+* optional `info["task"]`: str, the type of the episode's task, in the info of its reset or its last step;
+* optional `info["goal_conditions"]`: the fraction of the goal that is met, in the info of the last step;
 * optional `judge(reply)`: facts about a parsed reply in the current state, any of `"perception"`
   (what it says it sees is there), `"plan"` (its plan reaches the goal), `"agreement"` (its action
   is the plan's next step);
@@ -158,6 +160,20 @@ def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return a["prompt"] == b["prompt"] and np.array_equal(a["image"], b["image"])
 
 
+def _check_info(name: str, info: Mapping[str, Any]) -> None:
+    task, met = info.get("task"), info.get("goal_conditions")
+    if task is not None and not isinstance(task, str):
+        raise ContractError(
+            f"{name}: info['task'] must be a str, the type of the episode's task, got {task!r}; "
+            "give anything else under another name"
+        )
+    number = isinstance(met, (int, float, np.integer, np.floating, np.bool_))
+    if met is not None and not (number and 0 <= met <= 1):
+        raise ContractError(
+            f"{name}: info['goal_conditions'] must be a fraction, 0 to 1, got {met!r}"
+        )
+
+
 def _check_step(name: str, env: Env, action: str) -> tuple[Any, bool]:
     try:
         observation, reward, terminated, truncated, info = env.step(action)
@@ -167,6 +183,7 @@ def _check_step(name: str, env: Env, action: str) -> tuple[Any, bool]:
             "is data: answer an unknown action with a reward, do not raise."
         ) from error
     _check_observation(name, observation)
+    _check_info(name, info)
     number = isinstance(reward, (int, float, np.integer, np.floating))
     if not number or not math.isfinite(reward):
         raise ContractError(f"{name}: reward must be a finite number, got {reward!r}")
@@ -214,6 +231,7 @@ def check_env(env: Env | str, *, episodes: int = 3, max_turns: int = 200) -> Non
     _check_for_corrector(name, env, fields)
     first, info = env.reset(seed=7)
     _check_observation(name, first)
+    _check_info(name, info)
     again, _ = env.reset(seed=7)
     if not _same(first, again):
         raise ContractError(

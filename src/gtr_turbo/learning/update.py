@@ -5,6 +5,7 @@ Holds `loss.backward()` and `optimizer.step()`. Guidance arrives inside the batc
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,7 @@ from gtr_turbo.config import PPOConfig
 from gtr_turbo.distributed.ranks import ALONE, Ranks
 from gtr_turbo.distributed.sharding import full
 from gtr_turbo.learning import losses
+from gtr_turbo.policy.memory import Microbatch
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.scoring import Scores, score
 from gtr_turbo.turns.batch import Batch, by_length, select
@@ -24,8 +26,11 @@ class TrainingError(RuntimeError):
     """Training cannot go on: a loss or gradient is not finite, or sampler and scoring disagree."""
 
 
-Imitation = Callable[[torch.Generator], Iterator[tuple[Tensor, float]]]
-"""Yields weighted losses, micro-batch by micro-batch, and their values."""
+LARGEST = "ppo/log_ratio_max"
+"""The one number of a minibatch that is not a sum."""
+
+Imitation = Callable[[torch.Generator, int], Iterator[tuple[Tensor, float]]]
+"""Yields weighted losses, micro-batch by micro-batch of so many turns, and their values."""
 
 
 def make_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.AdamW:
@@ -80,6 +85,7 @@ def update(
     progress_after: float,
     max_logprob_gap: float,
     imitation: Imitation | None = None,
+    microbatch: Microbatch | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Train on one batch; returns the `ppo` and `critic` groups of docs/metrics.md, and `thought/entropy`.
@@ -95,6 +101,7 @@ def update(
         max_logprob_gap: bound on the mean absolute difference between the log-probs recorded at sampling
             and those of the first minibatch, before any step.
         imitation: adds the gradient of its own loss to each step.
+        microbatch: turns per forward pass, if not simply those of `config`.
         ranks: who has the other turns of the update; minibatches are drawn from the turns of all ranks, and
             each rank computes the gradient of its own turns among them.
 
@@ -104,32 +111,43 @@ def update(
     assert batch.returns is not None
     torch.manual_seed(seed + ranks.rank)
     generator = torch.Generator().manual_seed(seed)
-    sums = Means(ranks)
-    turns = len(batch) * ranks.world
-    steps_per_epoch = turns // config.minibatch_turns
+    sums: dict[str, list[float]] = defaultdict(list)
+    microbatch = microbatch or Microbatch(
+        config, warnings.warn, ranks=ranks, sharded=policy.sharded
+    )
+    counts = torch.stack([batch.inputs.response_mask.sum(1), batch.thought_mask.sum(1)], 1)
+    counts = ranks.gather_rows(counts, batch.shape)
+    steps_per_epoch = len(counts) // config.minibatch_turns
     total = config.epochs * steps_per_epoch
     policy.model.train()
     try:
         for step in range(total):
             if step % steps_per_epoch == 0:
-                order = torch.randperm(turns, generator=generator)
+                order = torch.randperm(len(counts), generator=generator)
             at = (step % steps_per_epoch) * config.minibatch_turns
             lr = cosine(
                 config.lr, config.lr_final, progress + (progress_after - progress) * step / total
             )
             optimizer.param_groups[0]["lr"] = lr
-            rows = order[at : at + config.minibatch_turns]
-            _minibatch(policy, batch, rows, config, sums, ranks)
+            rows, drawn = order[at : at + config.minibatch_turns], generator.get_state()
+
+            def accumulate(
+                turns: int, rows: Tensor = rows, drawn: Tensor = drawn
+            ) -> dict[str, float]:
+                optimizer.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
+                generator.set_state(drawn)
+                found = _minibatch(policy, batch, rows, counts, config, turns, ranks)
+                if imitation is not None:
+                    found["imitation/loss"] = 0.0
+                    for loss, number in imitation(generator, turns):
+                        loss.backward()
+                        found["imitation/loss"] += number
+                return found
+
+            for name, number in _over(ranks, microbatch.attempt(accumulate)).items():
+                sums[name].append(number)
             if step == 0:
-                first = ranks.largest(next(iter(sums.numbers["ppo/log_ratio_max"]), 0.0))
-                gaps = sums.numbers["ppo/log_ratio_abs"]
-                _check_gap(ranks.largest(max(gaps, default=0.0)), max_logprob_gap)
-            if imitation is not None:
-                numbers = []
-                for loss, number in imitation(generator):
-                    loss.backward()
-                    numbers.append(number)
-                sums.add("imitation/loss", ranks.total(sum(numbers)))
+                _check_gap(sums, max_logprob_gap)
             _step(policy, optimizer, config, sums, ranks)
     finally:
         policy.model.eval()
@@ -139,10 +157,11 @@ def update(
     old_values, returns, values = (
         ranks.gather_rows(x, batch.shape) for x in (batch.old_values, batch.returns, values)
     )
-    stats = sums.means()
-    stats["ppo/first_log_ratio"] = first
-    del stats["ppo/log_ratio_max"], stats["ppo/log_ratio_abs"]
+    stats = {name: sum(numbers) / len(numbers) for name, numbers in sums.items()}
+    stats["ppo/first_log_ratio"] = sums[LARGEST][0]
+    del stats[LARGEST], stats["ppo/log_ratio_abs"]
     stats["ppo/lr"] = lr
+    stats["system/microbatch_turns"] = float(microbatch.turns)
     stats["critic/explained_variance_before"] = losses.explained_variance(old_values, returns)
     stats["critic/explained_variance"] = losses.explained_variance(values, returns)
     return stats
@@ -153,56 +172,56 @@ def cosine(first: float, last: float, fraction: float) -> float:
     return last + 0.5 * (first - last) * (1 + float(torch.cos(torch.tensor(fraction * torch.pi))))
 
 
-class Means:
-    """Numbers of an update, to be averaged: over micro-batches, or with several ranks over turns or tokens."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-        self.numbers: dict[str, list[float]] = defaultdict(list)
-        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-
-    def add(self, name: str, number: float, weight: float = 1.0) -> None:
-        """Add a mean over `weight` turns or tokens."""
-        self.numbers[name].append(number)
-        self._sums[name][0] += weight * number
-        self._sums[name][1] += weight
-
-    def means(self) -> dict[str, float]:
-        """The mean of every name."""
-        if self._ranks.world == 1:
-            return {name: sum(numbers) / len(numbers) for name, numbers in self.numbers.items()}
-        parts = self._ranks.gather(self._sums)
-        found = {}
-        for name in sorted({name for part in parts for name in part}):
-            pairs = [part[name] for part in parts if name in part]
-            found[name] = sum(pair[0] for pair in pairs) / sum(pair[1] for pair in pairs)
-        return found
-
-
 def _micro_batches(
-    policy: Policy, batch: Batch, rows: Tensor, size: int, ranks: Ranks
+    policy: Policy, batch: Batch, rows: Tensor, turns: int, ranks: Ranks
 ) -> Iterator[tuple[Tensor, float]]:
-    """This rank's rows of a minibatch in parts whose replies have like lengths, and 1 as their factor.
+    """This rank's turns of a minibatch in parts of like length, and 1 as their factor.
 
     Sharded weights are gathered in every pass, so all ranks must make equally many: the missing ones are made
-    with a row of factor 0.
+    with a turn of factor 0.
     """
     own = ranks.own_rows(rows, batch.shape)
-    parts = by_length(batch.inputs, own).split(size) if len(own) else ()
+    parts = by_length(batch.inputs, own).split(turns) if len(own) else ()
     yield from ((part, 1.0) for part in parts)
     if policy.sharded:
         most = ranks.most_rows(rows, batch.shape)
-        yield from ((torch.arange(1), 0.0) for _ in range(len(parts), -(-most // size)))
+        yield from ((torch.arange(1), 0.0) for _ in range(len(parts), -(-most // turns)))
 
 
 def _minibatch(
-    policy: Policy, batch: Batch, rows: Tensor, config: PPOConfig, sums: Means, ranks: Ranks
-) -> None:
-    """Accumulate the gradients of one minibatch, `rows` of the turns of all ranks."""
+    policy: Policy,
+    batch: Batch,
+    rows: Tensor,
+    counts: Tensor,
+    config: PPOConfig,
+    turns: int,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Accumulate the gradients of one minibatch; returns this rank's summands of its numbers.
+
+    Micro-batches hold turns of like length. Gradients and numbers do not depend on `turns` of each: means
+    are over the turns or tokens of the whole minibatch, on all ranks.
+
+    Args:
+        policy: gets the gradients.
+        batch: the turns of this rank.
+        rows: of the turns of all ranks, those of the minibatch.
+        counts: tokens and thought tokens (turns of all ranks, 2).
+        config: the losses.
+        turns: of a micro-batch.
+        ranks: who has the other rows.
+    """
     assert batch.returns is not None
-    for micro, factor in _micro_batches(policy, batch, rows, config.microbatch_turns, ranks):
+    tokens, thoughts = counts[rows].sum(0).tolist()
+    tokens = max(1, tokens)
+    names = (
+        "ppo/policy_loss", "ppo/entropy", "critic/loss", "ppo/approx_kl", "ppo/clip_fraction",
+        "ppo/log_ratio_abs", LARGEST, *(["thought/entropy"] if thoughts else []),
+    )  # fmt: skip
+    found = dict.fromkeys(names, 0.0)
+    for micro, factor in _micro_batches(policy, batch, rows, turns, ranks):
         inputs = select(batch.inputs, micro)
-        scores = score(policy, inputs)
+        scores = score(policy, inputs, entropy_gradient=config.entropy_coef != 0)
         real = inputs.response_mask.to(scores.logprobs.device)
         surrogate, log_ratio = _policy_loss(scores, batch, micro, config)
         hidden = scores.hidden if config.value_gradient else scores.hidden.detach()
@@ -218,25 +237,30 @@ def _minibatch(
             continue
         with torch.no_grad():
             ratio = log_ratio.exp()
-            clipped = ((ratio - 1).abs() > config.clip).float()
             thought = batch.thought_mask[micro, : real.shape[1]].to(real.device)
-            if thought.any():
-                mean = losses.masked_mean(scores.entropy, thought)
-                sums.add("thought/entropy", float(mean), float(thought.sum()))
-            turns, tokens = float(len(micro)), float(real.sum())
-            for name, number, weight in (
-                ("ppo/policy_loss", surrogate.mean(), turns),
-                ("ppo/entropy", entropy.mean(), turns),
-                ("ppo/approx_kl", losses.masked_mean(ratio - 1 - log_ratio, real), tokens),
-                ("ppo/clip_fraction", losses.masked_mean(clipped, real), tokens),
-                ("ppo/log_ratio_max", log_ratio.abs().max(), 1.0),
-                ("ppo/log_ratio_abs", losses.masked_mean(log_ratio.abs(), real), tokens),
-                ("critic/loss", value.mean(), turns),
-            ):
-                sums.add(name, float(number), weight)
+            for name, number in {
+                "ppo/policy_loss": surrogate.sum() / len(rows),
+                "ppo/entropy": entropy.sum() / len(rows),
+                "critic/loss": value.sum() / len(rows),
+                "ppo/approx_kl": (ratio - 1 - log_ratio)[real].sum() / tokens,
+                "ppo/clip_fraction": ((ratio - 1).abs() > config.clip)[real].sum() / tokens,
+                "ppo/log_ratio_abs": log_ratio.abs()[real].sum() / tokens,
+            }.items():
+                found[name] += float(number)
+            found[LARGEST] = max(found[LARGEST], float(log_ratio.abs().max()))
+            if thoughts:
+                found["thought/entropy"] += float(scores.entropy[thought].sum()) / thoughts
+    return found
 
 
-def _check_gap(gap: float, bound: float) -> None:
+def _over(ranks: Ranks, found: dict[str, float]) -> dict[str, float]:
+    """The numbers of a minibatch from the summands of all ranks."""
+    parts = ranks.gather(found)
+    return {name: (max if name == LARGEST else sum)(part[name] for part in parts) for name in found}
+
+
+def _check_gap(sums: dict[str, list[float]], bound: float) -> None:
+    gap = max(sums["ppo/log_ratio_abs"])
     if gap > bound:
         raise TrainingError(
             f"before any step, scoring differs from sampling by {gap:.3g} nats per token (bound "
@@ -249,7 +273,7 @@ def _step(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     config: PPOConfig,
-    sums: Means,
+    sums: dict[str, list[float]],
     ranks: Ranks,
 ) -> None:
     ranks.sum_gradients([*policy.trained().values(), *policy.value_head.parameters()])
@@ -263,8 +287,8 @@ def _step(
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    sums.add("ppo/grad_norm", float(norm))
-    sums.add("critic/grad_norm", float(critic_norm))
+    sums["ppo/grad_norm"].append(float(norm))
+    sums["critic/grad_norm"].append(float(critic_norm))
 
 
 def _critic_steps(

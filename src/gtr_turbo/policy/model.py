@@ -1,15 +1,12 @@
-"""The agent's weights: a vision-language model, adapters, a value head, and the teacher on top of it.
+"""The agent: a vision-language model with its critic, what it sees, and its forward passes.
 
-One set of weights is resident. The teacher is a set of replacement tensors for the parameters that
-training changes; `Policy.as_teacher` puts them in place for a scoring pass and takes them out again,
-bit for bit.
+Its trained weights and the teacher on top of them are in `weights`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from gtr_turbo.config import ModelConfig
-from gtr_turbo.distributed import sharding
 from gtr_turbo.distributed.ranks import ALONE, Ranks
-from gtr_turbo.distributed.sharding import full, joined, local, part_of
 from gtr_turbo.policy import starter
-from gtr_turbo.policy.loading import add_adapters, is_vision, load, takes_features
+from gtr_turbo.policy.loading import load, takes_features
 from gtr_turbo.policy.processing import Processor
+from gtr_turbo.policy.weights import Weights
 from gtr_turbo.turns.turn import Observed
 
 
@@ -45,17 +41,14 @@ class ValueHead(nn.Module):
         return values
 
 
-class Policy(nn.Module):
+class Policy(Weights):
     """A vision-language model that acts, with its critic and its teacher.
 
     Attributes:
-        model: the `transformers` model (wrapped by `peft` if adapters are trained).
-        processor: its tokenizer and image processor.
+        processor: the model's tokenizer and image processor.
         value_head: the critic.
         temperature: of sampling; scoring divides the logits by it, so that what is optimised is what
             was sampled.
-        ranks: the processes that train it.
-        sharded: each rank keeps a part of the weights; `whole` puts all on every rank.
     """
 
     banned: Tensor
@@ -69,33 +62,14 @@ class Policy(nn.Module):
         ranks: Ranks = ALONE,
         shard: bool = False,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.ranks, self.sharded, self._gathered = ranks, shard, False
-        self.temperature = temperature
         base = load(config)
+        super().__init__(config, base, seed=seed, ranks=ranks, shard=shard)
+        self.temperature = temperature
         self.processor = Processor(starter.model_folder(config.path), base.config.model_type)
         self.caches_features = config.vision == "frozen" and takes_features(base)
-        self._plain = base
-        torch.manual_seed(seed)
-        self.model: Any = add_adapters(base, config) if config.train == "lora" else base
-        if config.train == "full":
-            for name, parameter in base.named_parameters():
-                parameter.requires_grad_(config.vision == "trained" or not is_vision(name))
-        if config.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-            base.enable_input_require_grads()
-        self.value_head = ValueHead(base.config.get_text_config().hidden_size)
-        if shard:  # a frozen vision tower runs outside forward passes too, so it is not cut
-            frozen = config.vision == "frozen"
-            sharding.shard(base, config.device, lambda name: frozen and is_vision(name))
-        self.to(torch.device(config.device))
-        self.model.eval()
-        self._start = None if config.train == "lora" else self._copy_trained()
-        self._first_factors = self._copy_factors() if config.adapter else {}
-        self._teacher: dict[str, Tensor] | None = None
-        self._teacher_norm = 0.0
+        self.value_head = ValueHead(base.config.get_text_config().hidden_size).to(self.device)
         self._hidden: list[Tensor] = []
+        self._columns: slice | None = None
         base.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
         self._accepts = set(inspect.signature(base.forward).parameters)
         self._positions: dict[tuple[bytes, tuple[int, ...]], Tensor] = {}
@@ -103,188 +77,7 @@ class Policy(nn.Module):
         banned[self.processor.banned_token_ids] = True
         self.register_buffer("banned", banned.to(self.device), persistent=False)
 
-    # -- weights -------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        device: torch.device = next(self._plain.parameters()).device
-        return device
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Parameters of the model (not of the critic) that training changes, by name."""
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-
-    def _copy_trained(self) -> dict[str, Tensor]:
-        return {
-            n: local(p.detach()).to("cpu", torch.float32).clone() for n, p in self.trained().items()
-        }
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Inside the block every rank has all weights, so each may make forward passes of its own; no gradients.
-
-        Sharded weights can only be trained outside of it, by all ranks in step.
-        """
-        if not self.sharded or self._gathered:
-            yield
-            return
-        sharding.gather(self._plain)
-        self._gathered = True
-        try:
-            yield
-        finally:
-            self._gathered = False
-            sharding.scatter(self._plain)
-
-    @torch.no_grad()
-    def deltas(self) -> Iterator[tuple[str, Tensor]]:
-        """Changes of the effective weights against the run's starting point, one tensor at a time.
-
-        All ranks must take all of them, outside of `whole`.
-
-        Yields:
-            (name of the base model's parameter, float32 tensor on the CPU). With adapters the change of
-            a layer is `scale * B @ A`, less that of the adapter the run began with (`model.adapter`);
-            with full training it is the parameter minus its start.
-        """
-        if self._start is not None:
-            for name, parameter in self.trained().items():
-                part = local(parameter.detach()).to("cpu", torch.float32) - self._start[name]
-                yield name, joined(part, parameter).cpu()
-            return
-        for name, layer in self._adapted():
-            a, b = full(layer.lora_A["default"].weight), full(layer.lora_B["default"].weight)
-            change = layer.scaling["default"] * (b.float() @ a.float())
-            yield name, change.cpu() - self._first_change(name, layer)
-
-    def _copy_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The adapter the run begins with, (A, B) by name; it counts as part of the starting point."""
-        return {
-            name: (
-                full(layer.lora_A["default"].weight.detach()).float().clone(),
-                full(layer.lora_B["default"].weight.detach()).float().clone(),
-            )
-            for name, layer in self._adapted()
-        }
-
-    def _first_change(self, name: str, layer: Any) -> Tensor:
-        """What the adapter the run began with adds to a layer; 0 for fresh adapters, whose B is 0."""
-        if name not in self._first_factors:
-            return torch.zeros(())
-        a, b = self._first_factors[name]
-        change: Tensor = layer.scaling["default"] * (b @ a)
-        return change.cpu()
-
-    def _adapted(self) -> Iterator[tuple[str, Any]]:
-        for name, module in self._plain.named_modules():
-            if hasattr(module, "lora_A") and "default" in module.lora_A:
-                yield f"{name}.weight", module
-
-    @property
-    def has_teacher(self) -> bool:
-        """True once a teacher was loaded."""
-        return self._teacher is not None
-
-    @torch.no_grad()
-    def load_teacher(self, change: Mapping[str, Tensor]) -> None:
-        """Make `start + change` the teacher.
-
-        Args:
-            change: for every name that `deltas` yields, a float32 tensor on the CPU.
-
-        Raises:
-            KeyError: a name is missing or unknown.
-        """
-        # in a fixed order, so that a resumed run gets the same last digit
-        self._teacher_norm = sum(float((change[n] ** 2).sum()) for n in sorted(change)) ** 0.5
-        if self._start is not None:
-            if set(change) != set(self._start):
-                raise KeyError(
-                    f"teacher tensors do not match: {sorted(set(change) ^ set(self._start))[:5]}"
-                )
-            trained, start = self.trained(), self._start
-            self._teacher = {n: start[n] + part_of(change[n], trained[n]) for n in start}
-            return
-        layers = dict(self._adapted())
-        if set(change) != set(layers):
-            raise KeyError(f"teacher tensors do not match: {sorted(set(change) ^ set(layers))[:5]}")
-        self._teacher = {
-            name: start + part_of(change[name], layers[name].base_layer.weight)
-            for name, start in self._adapted_start()
-        }
-
-    def _adapted_start(self) -> Iterator[tuple[str, Tensor]]:
-        """Effective weights of the adapted layers when the run began: this rank's parts, float32 on the CPU."""
-        for name, layer in self._adapted():
-            base, first = layer.base_layer.weight.detach(), self._first_change(name, layer)
-            yield name, local(base).float().cpu() + (part_of(first, base) if first.ndim else first)
-
-    def _swapped_parameters(self) -> dict[str, nn.Parameter]:
-        """What the teacher's tensors take the place of."""
-        if self._start is not None:
-            return self.trained()
-        return {name: layer.base_layer.weight for name, layer in self._adapted()}
-
-    def teacher_state(self) -> dict[str, Tensor]:
-        """The teacher's tensors, exactly; all ranks must call it.
-
-        Raises:
-            RuntimeError: no teacher was loaded.
-        """
-        if self._teacher is None:
-            raise RuntimeError("there is no teacher yet: load_teacher() was never called")
-        targets = self._swapped_parameters()
-        state = {name: joined(part, targets[name]).cpu() for name, part in self._teacher.items()}
-        return {**state, "norm": torch.tensor(self._teacher_norm, dtype=torch.float64)}
-
-    def load_teacher_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what `teacher_state` gave."""
-        targets = self._swapped_parameters()
-        self._teacher = {name: part_of(state[name], target) for name, target in targets.items()}
-        self._teacher_norm = float(state["norm"])
-
-    def teacher_distance(self) -> float:
-        """Euclidean norm of the teacher's change against the run's starting point."""
-        return self._teacher_norm
-
-    def as_teacher(self) -> AbstractContextManager[None]:
-        """Inside the block the model computes with the teacher's weights; after it with its own.
-
-        The exchange is by copying into the parameters and back from an exact copy, tensor by tensor; no
-        second model is on the device.
-
-        Raises:
-            RuntimeError: no teacher was loaded.
-        """
-        if self._teacher is None:
-            raise RuntimeError("there is no teacher yet: load_teacher() was never called")
-        return self._swapped(self._teacher)
-
-    def as_start(self) -> AbstractContextManager[None]:
-        """Inside the block the model computes with the weights the run began with."""
-        if self._start is not None:
-            return self._swapped(self._start)
-        with sharding.apart(self._plain, self._gathered):
-            start = dict(self._adapted_start())
-        return self._swapped(start)
-
-    @contextmanager
-    def _swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        own: dict[str, Tensor] = {}
-        try:
-            with sharding.apart(self._plain, self._gathered), torch.no_grad():
-                targets = {name: local(p) for name, p in self._swapped_parameters().items()}
-                own = {name: part.to("cpu", copy=True) for name, part in targets.items()}
-                for name, part in targets.items():
-                    part.copy_(weights[name])
-            adapted = self._start is None
-            with self.whole(), self.model.disable_adapter() if adapted else nullcontext():
-                yield
-        finally:
-            with sharding.apart(self._plain, self._gathered), torch.no_grad():
-                for name, kept in own.items():
-                    targets[name].copy_(kept)
+    # -- files ---------------------------------------------------------------------------------
 
     def save_student(self, path: Path) -> None:
         """Write the agent: a PEFT adapter folder, or a `transformers` folder with its processor.
@@ -292,7 +85,7 @@ class Policy(nn.Module):
         All ranks must call it; the first writes.
         """
         with self.whole():
-            state = self._state(self.model)
+            state = self.whole_state(self.model)
             if self.ranks.first:
                 self.model.save_pretrained(path, state_dict=state)
         if self.config.train == "full" and self.ranks.first:
@@ -309,19 +102,13 @@ class Policy(nn.Module):
         with self.as_teacher():
             state = {
                 name.replace(".base_layer", ""): tensor
-                for name, tensor in self._state(self._plain).items()
+                for name, tensor in self.whole_state(self._plain).items()
                 if "lora_" not in name
             }
             if self.ranks.first:
                 self._plain.save_pretrained(path, state_dict=state)
         if self.ranks.first:
             self.processor.save(path)
-
-    def _state(self, model: nn.Module) -> dict[str, Tensor]:
-        """`state_dict` of a model whose weights are whole."""
-        if self.sharded:
-            return sharding.whole_state(model, self._plain)
-        return dict(model.state_dict())
 
     # -- inputs --------------------------------------------------------------------------------
 
@@ -386,18 +173,45 @@ class Policy(nn.Module):
         grid = torch.cat([o.grid for o in observed if o.grid is not None]).to(self.device)
         return {"mm_encoder_outputs": {"image": output}, "image_grid_thw": grid}
 
-    def _keep_hidden(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def _keep_hidden(
+        self, module: nn.Module, arguments: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...] | None:
+        if self._columns is None:  # the head by itself, on states of an earlier pass
+            return None
         self._hidden.append(arguments[0])
+        return (arguments[0][:, self._columns], *arguments[1:])
 
-    def forward_hidden(self, **arguments: Any) -> tuple[Any, Tensor]:
-        """One forward pass; returns its output and the hidden states (B, kept, D) behind its logits."""
+    def forward_hidden(
+        self, *, columns: slice = slice(None), **arguments: Any
+    ) -> tuple[Any, Tensor]:
+        """One forward pass; returns its output and the hidden states (B, kept, D) behind its logits.
+
+        The output has logits only in the given columns of those kept; the hidden states are all there.
+        """
         if "mm_token_type_ids" in self._accepts and "image_grid_thw" in arguments:
             kinds = (arguments["input_ids"] == self.processor.image_token_id).int()
             arguments["mm_token_type_ids"] = kinds
         self._hidden.clear()
-        output = self._plain(**arguments)
-        hidden = self._hidden.pop()
-        return output, hidden
+        self._columns = columns
+        try:
+            output = self._plain(**arguments)
+        finally:
+            self._columns = None
+        return output, self._hidden.pop()
+
+    def forward_states(self, **arguments: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """One forward pass without its logits.
+
+        Returns:
+            (states (B, kept, S), hidden states (B, kept, D), function from states (N, S) to logits (N, V)).
+            Qwen's logits are a linear map of the hidden states, which are the states then. Other models may
+            do more to them, so their states are the logits, in the model's own type.
+        """
+        if self.processor.native:
+            _, hidden = self.forward_hidden(columns=slice(0, 1), **arguments)
+            return hidden, hidden, self._plain.get_output_embeddings()
+        output, hidden = self.forward_hidden(**arguments)
+        return output.logits, hidden, nn.Identity()
 
     def policy_logits(self, logits: Tensor, temperature: float | None = None) -> Tensor:
         """Float32 logits of the policy: banned tokens at -inf, divided by the sampling temperature."""

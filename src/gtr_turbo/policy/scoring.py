@@ -1,8 +1,11 @@
 """The one function that turns (observations, responses, weights in place) into log-probs and values.
 
 Rollout checks, the update, the teacher and the tests all come here. Log-softmax is float32, logits are
-computed at response positions only, banned tokens have probability 0, and the logits are divided by the
+computed for response tokens only, banned tokens have probability 0, and the logits are divided by the
 sampling temperature: the policy that is scored is the policy that was sampled.
+
+Logits are made for some tokens at a time and, where a gradient is wanted, made again in the backward pass:
+(B, R, V) at a vocabulary of 152,000 never lies in memory, unless the distribution is asked for.
 """
 
 from __future__ import annotations
@@ -11,10 +14,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.turns.batch import Inputs, make_inputs
 from gtr_turbo.turns.turn import Observed
+
+LOGITS = 2**24
+"""Logits made at a time: 64 MiB in float32, 110 tokens of Qwen's vocabulary. Some eight tensors of this size
+are alive at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +36,9 @@ class Scores:
     hidden: Tensor
     """(B, D), last hidden state of the last prompt token."""
     distribution: Tensor | None
-    """(B, R, V) float32 log-probabilities of all tokens, if asked for."""
+    """(B, R, V) float32 log-probabilities of all tokens, if asked for; -inf on padding."""
+    raw: Tensor | None
+    """(B, R) float32 log-probs of the model itself, at temperature 1 and with nothing banned, if asked for."""
 
 
 def position_ids(inputs: Inputs) -> Tensor | None:
@@ -53,7 +63,9 @@ def score(
     inputs: Inputs,
     *,
     distribution: bool = False,
+    raw: bool = False,
     temperature: float | None = None,
+    entropy_gradient: bool = False,
 ) -> Scores:
     """Score responses with the weights that are in place.
 
@@ -61,7 +73,9 @@ def score(
         policy: call inside `policy.as_teacher()` to score with the teacher.
         inputs: B observations and their responses.
         distribution: also return the log-probabilities of the whole vocabulary.
+        raw: also return the log-probs of the model itself.
         temperature: if not the policy's own.
+        entropy_gradient: keep the entropy's graph too; without it the entropy is a number.
     """
     device = policy.device
     ids = torch.cat([inputs.prompt_ids, inputs.response_ids], 1).to(device)
@@ -71,7 +85,7 @@ def score(
     positions = position_ids(inputs)
     if positions is None:
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    output, hidden = policy.forward_hidden(
+    states, hidden, head = policy.forward_states(
         input_ids=ids,
         attention_mask=mask.long(),
         position_ids=positions.to(device),
@@ -79,18 +93,48 @@ def score(
         use_cache=False,
         **arguments,
     )
-    logits = policy.policy_logits(output.logits[:, :-1], temperature)  # (B, R, V)
-    everything = logits.log_softmax(-1)
-    target = inputs.response_ids.to(device)[..., None]
-    real = inputs.response_mask.to(device)
-    logprobs = everything.gather(-1, target).squeeze(-1)
-    # 0 * -inf of banned tokens would be nan
-    entropy = -(everything.exp() * everything.masked_fill(policy.banned, 0.0)).sum(-1)
+
+    def some(
+        states: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Log-probs and entropies (N,) of N tokens; if asked for, the distribution (N, V) and `raw` (N,)."""
+        logits = head(states)
+        everything = policy.policy_logits(logits, temperature).log_softmax(-1)
+        logprobs = everything.gather(-1, targets[:, None]).squeeze(-1)
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+            # 0 * -inf of banned tokens would be nan
+            entropy = -(everything.exp() * everything.masked_fill(policy.banned, 0.0)).sum(-1)
+        own = None
+        if raw:
+            own = logits.float().log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+        return logprobs, entropy, everything if distribution else None, own
+
+    shape = inputs.response_ids.shape
+    where = inputs.response_mask.flatten().nonzero().squeeze(1).to(device)
+    tokens = states[:, :-1].flatten(0, 1)[where]  # those that predict response tokens
+    targets = inputs.response_ids.to(device).flatten()[where]
+    size = max(1, LOGITS // len(policy.banned))
+    again = torch.is_grad_enabled() and len(where) > size
+    parts = [
+        checkpoint(some, *part, use_reentrant=False, preserve_rng_state=False)
+        if again
+        else some(*part)
+        for part in zip(tokens.split(size), targets.split(size), strict=True)
+    ]
+    logprobs, entropy, everything, own = zip(*parts, strict=True)
+
+    def back(rows: tuple[Tensor, ...], padding: float) -> Tensor:
+        """(N, ...) in parts as (B, R, ...)."""
+        found = torch.cat(rows)
+        whole = found.new_full((shape.numel(), *found.shape[1:]), padding)
+        return whole.index_copy(0, where, found).view(*shape, *found.shape[1:])
+
     return Scores(
-        logprobs=logprobs.masked_fill(~real, 0.0),
-        entropy=entropy.masked_fill(~real, 0.0),
+        logprobs=back(logprobs, 0.0),
+        entropy=back(entropy, 0.0),
         hidden=hidden[:, 0],
-        distribution=everything if distribution else None,
+        distribution=back(everything, -torch.inf) if distribution else None,
+        raw=back(own, 0.0) if raw else None,
     )
 
 

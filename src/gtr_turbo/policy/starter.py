@@ -7,6 +7,7 @@ commands that made them are in `docs/starters.md`.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from gtr_turbo.policy.processing import CHAT_TEMPLATE
 
 ARCHITECTURES = ("qwen3-vl", "qwen2.5-vl")
+STARTERS = (*ARCHITECTURES, "household-qwen3-vl")
+"""The shipped ones; those with the bare name of an architecture know the card games."""
 FOLDER = Path(__file__).parent.parent / "starters"
 SPECIAL = (
     "<|endoftext|>",
@@ -25,7 +28,7 @@ SPECIAL = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-PIECES = (
+CARD_PIECES = (
     '{"cards": [',
     '], "formula": "',
     '", "thoughts": "',
@@ -50,30 +53,18 @@ TEXT = {
 
 
 def model_folder(path: str) -> str:
-    """`tiny-qwen3-vl` and `tiny-qwen2.5-vl` are the shipped starters; all else is a folder or a hub name."""
+    """`tiny-NAME` is the shipped starter NAME; all else is a folder or a hub name."""
     if path.startswith("tiny-"):
         name = path.removeprefix("tiny-")
-        if name in ARCHITECTURES:
+        if name in STARTERS:
             return str(FOLDER / name)
     return path
 
 
-def tokenizer() -> Any:
-    """Byte-level BPE over the words of our prompts; numbers up to 199 are one token each."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
+def card_words() -> list[str]:
+    """What the prompts and replies of the card games are made of, each as often as a vocabulary wants it."""
     from gtr_turbo import prompts
 
-    fast = Tokenizer(models.BPE())
-    pattern = Regex(r"\d{1,3}|[-+*/=()]| ?[A-Za-z_]+|[^\sA-Za-z\d]|\s")
-    fast.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pattern, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    fast.decoder = decoders.ByteLevel()
     letters = ("x", "y", "z", "w")
     texts = [
         prompts.number_line(),
@@ -85,7 +76,38 @@ def tokenizer() -> Any:
     ]
     words = [word for text in texts for word in re.findall(r" ?[A-Za-z]+", text)]
     words += ["user", "assistant", "numberline", "blackjack", "ezpoints", "points"]
-    corpus = [str(n) for n in range(200)] * 40 + words * 40
+    return [str(n) for n in range(200)] * 40 + words * 40
+
+
+CARD_TOKENS = r"\d{1,3}|[-+*/=()]| ?[A-Za-z_]+|[^\sA-Za-z\d]|\s"
+"""A regular expression: what a token never reaches beyond. Here each operator and number is one by itself."""
+WORD_TOKENS = r" ?\d{1,3}| ?[A-Za-z_]+|[^\sA-Za-z\d]|\s"
+"""The same for prompts of words: a number takes the blank before it along."""
+
+
+def tokenizer(
+    corpus: Iterable[str] | None = None,
+    tokens: str = CARD_TOKENS,
+    pieces: Sequence[str] = CARD_PIECES,
+) -> Any:
+    """Byte-level BPE that has a token for every word it meets 30 times.
+
+    Args:
+        corpus: what it learns; the words of the card games by default.
+        tokens: a regular expression; no token reaches beyond a match.
+        pieces: strings that are one token each.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    fast = Tokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(tokens), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    fast.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=2048,
         min_frequency=30,
@@ -93,8 +115,8 @@ def tokenizer() -> Any:
         special_tokens=list(SPECIAL),
         show_progress=False,
     )
-    fast.train_from_iterator(corpus, trainer)
-    fast.add_tokens([AddedToken(piece, normalized=False) for piece in PIECES])
+    fast.train_from_iterator(card_words() if corpus is None else corpus, trainer)
+    fast.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
     return PreTrainedTokenizerFast(
         tokenizer_object=fast,
         eos_token="<|im_end|>",
@@ -106,8 +128,14 @@ def tokenizer() -> Any:
     )
 
 
-def build(architecture: str, path: Path, seed: int) -> None:
+def build(architecture: str, path: Path, seed: int, words: Any = None) -> None:
     """Write a tiny model with random weights, its tokenizer and image processor into `path`.
+
+    Args:
+        architecture: one of `ARCHITECTURES`.
+        path: the folder.
+        seed: of the weights.
+        words: what `tokenizer` gave; that of the card games by default.
 
     Raises:
         ValueError: unknown architecture.
@@ -122,7 +150,7 @@ def build(architecture: str, path: Path, seed: int) -> None:
 
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {architecture!r} is not one of {', '.join(ARCHITECTURES)}")
-    words = tokenizer()
+    words = words or tokenizer()
     ids = {name: words.convert_tokens_to_ids(token) for name, token in (
         ("image_token_id", "<|image_pad|>"),
         ("video_token_id", "<|video_pad|>"),

@@ -6,7 +6,7 @@ rounded to bfloat16, most changes of an RL step would be zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -67,11 +67,16 @@ class History:
         Raises:
             RuntimeError: nothing was added.
         """
+        return dict(self.merged())
+
+    def merged(self) -> Iterator[tuple[str, Tensor]]:
+        """`merge`, one tensor after the other: at 7B all of them are 26 GB."""
         if not self.count:
             raise RuntimeError("there is nothing to merge: no checkpoint was added")
-        if self.config.method == "ties":
-            return {name: running.merged() for name, running in self._ties.items()}
-        return {name: mean.clone() for name, mean in self._mean.items()}
+        for name, running in self._ties.items():
+            yield name, running.merged()
+        for name, mean in self._mean.items():
+            yield name, mean.clone()
 
     def state(self) -> dict[str, Tensor]:
         """All tensors, by a name that says what they are."""

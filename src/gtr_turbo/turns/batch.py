@@ -118,8 +118,9 @@ def select(inputs: Inputs, rows: Tensor) -> Inputs:
 
 
 def by_length(inputs: Inputs, rows: Tensor) -> Tensor:
-    """`rows` ordered by the length of their responses, so that neighbours need little padding."""
-    return rows[inputs.response_mask[rows].sum(1).argsort(stable=True)]
+    """`rows` ordered by the length of prompt and response, so that neighbours need little padding."""
+    lengths = inputs.prompt_mask[rows].sum(1) + inputs.response_mask[rows].sum(1)
+    return rows[lengths.argsort(stable=True)]
 
 
 def make_batch(turns: Sequence[Turn], num_envs: int, pad_token_id: int) -> Batch:

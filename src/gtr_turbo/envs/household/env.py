@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,17 @@ import numpy as np
 from gtr_turbo import prompts
 from gtr_turbo.envs.contract import AnyText, ContractError, observation_space
 from gtr_turbo.envs.household import drawing, files
-from gtr_turbo.envs.household.engine import Engine
-from gtr_turbo.envs.household.generator import generate
-from gtr_turbo.envs.household.oracle import Oracle
-from gtr_turbo.envs.household.world import (
-    CLEAN,
-    COOL,
-    HEAT,
-    LIGHT,
-    PLACE,
-    TWO,
-    Game,
-    visible,
-)
+from gtr_turbo.envs.household.engine import NOTHING, Engine
+from gtr_turbo.envs.household.native import Backend, Native
+from gtr_turbo.envs.household.textworld import TextWorld
+from gtr_turbo.envs.household.thor import Thor, find_tasks
+from gtr_turbo.envs.household.worker import Limits, WorkerError
+from gtr_turbo.envs.household.world import CLEAN, COOL, HEAT, LIGHT, PLACE, TWO
 
 TYPES = {"place": PLACE, "two": TWO, "light": LIGHT, "clean": CLEAN, "heat": HEAT, "cool": COOL}
 """What the option `task` calls ALFRED's task types."""
 SPLITS = ("all", "train", "held-out")
+BACKENDS = ("native", "textworld", "thor")
 ILLEGAL = ("nothing", "random")
 WON, INADMISSIBLE, CUT_SHORT = 50.0, -1.0, -3.0
 MAX_ACTIONS, MAX_EQUAL, MAX_STEPS = 40, 5, 50
@@ -55,14 +50,17 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         changes nothing.
     Observation: a symbolic rendering of the state, not a frame of AI2-THOR: the room in the beginning, later the
         receptacle the agent stands at, with its contents unless it is closed, and the hand. The prompt has the
-        task, the past actions and the admissible commands, and no description of the scene.
+        task, the past actions and the admissible commands, and no description of the scene. With the backend
+        `thor` the image is the simulator's.
     Reward: 50 when the task is done, plus the change of the goal-condition fraction (ALFRED's), minus 1 for an
         inadmissible action.
     Episode end: terminated when the task is done. With `early_truncation`, a step that does not do it ends the
         episode with a reward of -3: it is the fifth equal action in a row (terminated: a rule of the task), or
         beyond 40 actions (truncated). Truncated in any case after 50 actions.
-    Info: `actions`, `task` (its type), `feedback` (of the text engine), `goal_conditions` (the fraction met); at
-        the end `success` (the task is done).
+        Truncated with a reward of 0 when the worker of another backend than `native` failed.
+    Info: `actions`, `task` (its type), `feedback` (of the text engine), `goal_conditions` (the fraction met),
+        `shown` (numbers that tell what the frame shows); at the end `success` (the task is done), and `fault` (why
+        a worker failed) if it was that.
     Splits: `train` has games in the 96 rooms that ALFWorld trains in, `held-out` in its 24 unseen rooms.
 
     Args:
@@ -73,7 +71,10 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         describe: add the text engine's feedback to the prompt.
         illegal: an inadmissible action plays `nothing`, or a `random` command (published).
         early_truncation: end an episode that repeats itself, or is long.
-        games: a `game.tw-pddl` of ALFWorld or a folder of them, to play instead of generated games.
+        games: a `game.tw-pddl` of ALFWorld or a folder of them, to play instead of generated games; for `thor`
+            a `traj_data.json` or a folder of them.
+        backend: `native`: our engine. `textworld`: ALFWorld's text engine. `thor`: AI2-THOR through ALFWorld.
+        limits: of the worker of the last two, see `worker.Limits`; `{"step": 30}`.
         names: write the names of objects beside their symbols.
         size: height and width of the frame in pixels.
     """
@@ -92,6 +93,8 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         illegal: str = "nothing",
         early_truncation: bool = True,
         games: str | None = None,
+        backend: str = "native",
+        limits: Mapping[str, float] | None = None,
         names: bool = True,
         size: int = drawing.SIZE,
         render_mode: str | None = None,
@@ -108,7 +111,6 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         self._history, self._describe = history, describe
         self._illegal = _one_of("illegal", illegal, ILLEGAL)
         self._early_truncation = early_truncation
-        self._files = files.find(Path(games), self._type) if games is not None else []
         if games is not None and split != "all":
             raise ContractError(
                 f"Household: split={split!r} chooses rooms of generated games; give it or games={games!r}"
@@ -116,38 +118,61 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         self._names, self._size = names, size
         self.observation_space = observation_space(size, size)
         self.action_space = AnyText()
+        self._backend = self._make(_one_of("backend", backend, BACKENDS), games, limits)
+
+    def _make(self, backend: str, games: str | None, limits: Mapping[str, float] | None) -> Backend:
+        if backend == "thor":
+            given = find_tasks(games, self._type)
+            return Thor(given, self._size, Limits.of(limits or {}))
+        given = files.find(Path(games), self._type) if games is not None else []
+        if backend == "textworld":
+            return TextWorld(self._type, self._split, given, Limits.of(limits or {}))
+        if limits is not None:
+            raise ContractError(
+                f"Household: limits={dict(limits)!r} are of a worker, and backend='native' has none"
+            )
+        return Native(self._type, self._split, given)
+
+    @property
+    def engine(self) -> Engine:
+        """Our engine in the state of the game.
+
+        Raises:
+            ContractError: the backend is `thor`, which plays without it.
+        """
+        if not isinstance(self._backend, Native):
+            raise ContractError("Household: backend='thor' plays without our engine")
+        return self._backend.engine
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Start a game. `options={"game": Game}` sets it."""
         super().reset(seed=seed)
-        self.engine = Engine((options or {}).get("game") or self._draw())
-        self._oracle = Oracle(self.engine)
+        self._feedback = self._backend.begin(self.np_random, (options or {}).get("game"))
         self._past: list[str] = []
-        self._feedback = self.engine.intro()
-        self._met = self._fraction()
+        self._met = self._backend.fraction
         return self._observation(), self._info()
-
-    def _draw(self) -> Game:
-        if self._files:
-            return files.load(self._files[self.np_random.integers(len(self._files))])
-        return generate(self.np_random, task=self._type, split=self._split)
 
     def step(self, action: str) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Play a command."""
         command = action.strip()
         reward = 0.0
-        if command not in self.engine.moves:
+        if command not in self._backend.commands:
             reward = INADMISSIBLE
             command = command[:MAX_SHOWN]
             if self._illegal == "random":
-                some = self.engine.commands
+                some = self._backend.commands
                 command = some[self.np_random.integers(len(some))]
-        self._feedback = self.engine.step(command)
         self._past.append(command)
-        before, self._met = self._met, self._fraction()
-        success = self.engine.won
+        self._feedback = NOTHING
+        if command in self._backend.commands:
+            try:
+                self._feedback = self._backend.step(command)
+            except WorkerError as fault:
+                return self._give_up(fault)
+        before, self._met = self._met, self._backend.fraction
+        success = self._backend.won
         reward += WON * success + self._met - before
         terminated, truncated = success, not success and len(self._past) >= MAX_STEPS
         if self._early_truncation and not success:
@@ -160,20 +185,27 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
             info["success"] = success
         return self._observation(), reward, terminated, truncated, info
 
+    def _give_up(
+        self, fault: WorkerError
+    ) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """End an episode whose worker failed, as no fault of the agent's."""
+        warnings.warn(f"Household: {fault}; the episode is truncated", stacklevel=3)
+        info = {**self._info(), "success": False, "fault": str(fault)}
+        return self._observation(), 0.0, False, True, info
+
     def render(self) -> np.ndarray:
         """The frame, uint8 (size, size, 3)."""
-        engine = self.engine
-        return drawing.draw(engine.game, engine.state, size=self._size, names=self._names)
+        return self._backend.frame(self._size, self._names)
 
-    def _fraction(self) -> float:
-        met, total = self.engine.conditions
-        return met / total
+    def close(self) -> None:
+        """End the worker, if there is one."""
+        self._backend.close()
 
     def _observation(self) -> dict[str, Any]:
-        commands, past = self.engine.commands, self._past[len(self._past) - self._history :]
+        commands, past = self._backend.commands, self._past[len(self._past) - self._history :]
         past = past if self._history else []
         told = self._feedback if self._describe else ""
-        sentence = self.engine.game.sentence
+        sentence = self._backend.sentence
         if self._compact:
             parts = [f"household: {sentence}", told, f"past: {', '.join(map(repr, past))}"]
             text = "\n".join([*filter(None, parts), f"actions: {', '.join(commands)}"])
@@ -183,10 +215,11 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
 
     def _info(self) -> dict[str, Any]:
         return {
-            "actions": self.engine.commands,
-            "task": self.engine.game.task.type,
+            "actions": self._backend.commands,
+            "task": self._backend.task,
             "feedback": self._feedback,
             "goal_conditions": self._met,
+            "shown": self._backend.shown(),
         }
 
     def judge(self, reply: Mapping[str, Any]) -> dict[str, bool]:
@@ -196,31 +229,31 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
             `perception`: every object that the thoughts name, "egg 2", is in view; absent if they name none.
             `agreement`: the thoughts name all that the action names; absent if it names nothing.
             `admissible`: the action is a command of this state.
-            `expert`: it is the expert's.
+            `expert`: it is the expert's; absent if the backend has none.
         """
-        game, view = self.engine.game, visible(self.engine.game, self.engine.state)
-        items = {item.name for item in game.objects}
-        known = items | {receptacle.name for receptacle in game.receptacles}
+        sight = self._backend.sight()
+        known = sight.objects | sight.receptacles
         action = str(reply.get("action")).strip()
         thought_of = known & set(_NAMED.findall(str(reply.get("thoughts"))[:4000].lower()))
         acted_on = known & set(_NAMED.findall(action[:200]))
-        seen = {game.objects[i].name for place in view.here for i in place.contents}
-        if view.held is not None:
-            seen.add(game.objects[view.held].name)
-        facts = {
-            "admissible": action in self.engine.moves,
-            "expert": action == self._oracle.advise().command,
-        }
-        if thought_of & items:
-            facts["perception"] = thought_of & items <= seen
+        facts = {"admissible": action in self._backend.commands}
+        if (advised := self._backend.expert(compact=True)) is not None:
+            facts["expert"] = action == advised[1]
+        if named := thought_of & sight.objects:
+            facts["perception"] = named <= sight.seen
         if acted_on:
             facts["agreement"] = acted_on <= thought_of
         return facts
 
     def demonstrate(self, rng: np.random.Generator) -> dict[str, Any]:
-        """The expert's reply. It knows where everything is, but its thoughts claim only what is in view."""
-        advice = self._oracle.advise()
-        return {
-            "thoughts": self._oracle.thoughts(advice, compact=self._compact),
-            "action": advice.command,
-        }
+        """The expert's reply. It knows where everything is, but its thoughts claim only what is in view.
+
+        Raises:
+            ContractError: the backend has no expert.
+        """
+        reply = self._backend.expert(compact=self._compact)
+        if reply is None:
+            raise ContractError(
+                "Household: backend='thor' has no expert; make demonstrations with backend='native'"
+            )
+        return dict(zip(self.fields, reply, strict=True))

@@ -92,3 +92,9 @@ def load() -> Facts:
         domain=data["domain"],
         grammar=data["grammar"],
     )
+
+
+@functools.cache
+def kinds() -> list[str]:
+    """Kinds of receptacles that the scenes have, sorted; there are 29."""
+    return sorted(set().union(*(scene.kinds for scene in load().scenes.values())))

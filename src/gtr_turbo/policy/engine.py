@@ -1,0 +1,37 @@
+"""What writes replies in place of our own decoding (`policy.generation`)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from gtr_turbo.config import SamplingConfig
+from gtr_turbo.turns.turn import Observed, Reply
+
+
+class Engine(Protocol):
+    """A generation engine beside the trainer, with a copy of the agent's weights that has to be kept fresh."""
+
+    def refresh(self) -> None:
+        """Take up the agent's weights as they are now."""
+        ...
+
+    def generate(
+        self,
+        observed: list[Observed],
+        sampling: SamplingConfig,
+        generator: torch.Generator,
+        *,
+        greedy: bool = False,
+    ) -> list[Reply]:
+        """Write one reply to each observation, with the trainer's own log-probs, values and hidden states."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """The `engine` group, since the last call."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+        ...

@@ -1,0 +1,147 @@
+"""A vLLM server that a run starts for itself, and stops."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from gtr_turbo.checks import ConfigError
+from gtr_turbo.config import ModelConfig, VllmConfig
+from gtr_turbo.policy import starter
+from gtr_turbo.policy.vllm_http import Client, EngineError
+
+BASE = "base"
+"""The name under which the model without adapters is served."""
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM takes as --max-lora-rank."""
+
+TETHER = (  # the server ends when the run does, a killed one included
+    "import ctypes, os, sys\n"
+    "if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, 15)\n"
+    "os.execvp(sys.argv[1], sys.argv[1:])"
+)
+
+
+def command(model: ModelConfig, config: VllmConfig, rank: int, port: int) -> list[str]:
+    """What starts the server.
+
+    Raises:
+        ConfigError: vLLM is not installed, or takes no adapter of this rank.
+    """
+    if config.python is None and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout.engine='vllm' needs an extra: pip install 'gtr-turbo[vllm]', or name the Python of another "
+            "environment that has it as rollout.vllm.python, or a server as rollout.vllm.base_url"
+        )
+    if rank > RANKS[-1]:
+        raise ConfigError(f"vLLM serves adapters up to rank {RANKS[-1]}, got {rank}")
+    python = config.python or sys.executable
+    return [
+        python, "-m", "vllm.entrypoints.openai.api_server",
+        "--model", starter.model_folder(model.path), "--served-model-name", BASE,
+        "--host", "127.0.0.1", "--port", str(port),
+        "--dtype", model.dtype, "--max-model-len", str(config.max_model_len),
+        "--gpu-memory-utilization", str(config.gpu_memory),
+        "--limit-mm-per-prompt", '{"image": 1, "video": 0}',
+        "--enable-scale-out", "--generation-config", "vllm",
+        # two adapters: while one is replaced both are there
+        "--enable-lora", "--max-loras", "2", "--max-lora-rank", str(min(r for r in RANKS if r >= rank)),
+        *config.arguments,
+    ]  # fmt: skip
+
+
+class Server:
+    """The process, on a free port of this machine."""
+
+    def __init__(self, model: ModelConfig, config: VllmConfig, rank: int, log: Path) -> None:
+        """Nothing is started yet.
+
+        Raises:
+            ConfigError: vLLM is not installed, or takes no adapter of this rank.
+        """
+        command(model, config, rank, 0)
+        self._model, self._config, self._rank, self._log = model, config, rank, log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> Client:
+        """Start it and wait until it is ready.
+
+        Raises:
+            EngineError: it ended, or was not ready in time; its last words are quoted.
+        """
+        port = _free_port()
+        words = command(self._model, self._config, self._rank, port)
+        environment = {
+            "VLLM_NO_USAGE_STATS": "1",
+            **os.environ,
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        }
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._log, "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", TETHER, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+        client = Client(f"http://127.0.0.1:{port}", self._config.timeout_s)
+        deadline = time.monotonic() + self._config.startup_s
+        try:
+            while not client.healthy():
+                if not self.alive:
+                    raise EngineError(f"the vLLM server ended at its start: {self.last_words()}")
+                if time.monotonic() > deadline:
+                    raise EngineError(
+                        "the vLLM server was not ready within rollout.vllm.startup_s="
+                        f"{self._config.startup_s:g} s: {self.last_words()}"
+                    )
+                time.sleep(0.2)
+        except BaseException:  # interrupted ones too: no server is left behind
+            self.stop()
+            raise
+        return client
+
+    def last_words(self) -> str:
+        """The end of its log, and where the rest is."""
+        try:
+            lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            lines = []
+        said = [line for line in lines[-200:] if "Error" in line] or lines
+        text = "".join(filter(str.isprintable, said[-1])) if said else "(it said nothing)"
+        return f"{text[-300:]} ({self._log})"
+
+    def stop(self) -> None:
+        """End it, and the processes it started."""
+        if self._process is None:
+            return
+        for how, patience in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, how)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience)
+                break
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # workers that outlived it
+        self._process = None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,198 @@
+"""A vLLM server in the form the engine speaks to: a real policy behind HTTP, and misbehaviour by script.
+
+As a program (`python vllm_fake.py STATE ...`) it is a server process without a model that dies as STATE says.
+"""
+
+import base64
+import http.server
+import io
+import json
+import os
+import sys
+import threading
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Each request for a reply takes the next fault of the script; "ok" and the end answer properly."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def send(self, status, data):
+        data = data if isinstance(data, bytes) else json.dumps(data).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        self.send(200, b"")
+
+    def do_POST(self):
+        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.requests.append((self.path, body))
+            server.keys.append(self.headers.get("Authorization"))
+            asked = self.path == "/inference/v1/generate"
+            fault = server.script.pop(0) if server.script and asked else "ok"
+            if callable(fault):
+                return self.send(200, fault(server.answer(self.path, body)))
+            if fault == "ok":
+                return self.send(*server.handle(self.path, body))
+        return self.fail(fault)
+
+    def fail(self, fault):
+        self.close_connection = True
+        if fault == "drop":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{")
+        elif fault == "slow":
+            self.server.wake.wait(5)
+        elif fault == "drip":  # a header, then byte after byte: never silent for long
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+            with suppress(OSError):
+                for _ in range(80):
+                    self.wfile.write(b"x")
+                    self.server.wake.wait(0.05)
+        elif isinstance(fault, bytes):
+            self.send(200, fault)
+        else:
+            self.send(*fault)
+
+
+class Fake(http.server.ThreadingHTTPServer):
+    """Answers with `policy`, into which adapters are loaded; `deaf` ones change nothing."""
+
+    daemon_threads = True
+
+    def __init__(self, policy, script=()):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.policy, self.script, self.lock = policy, list(script), threading.RLock()
+        self.requests, self.keys, self.loaded, self.deaf = [], [], {}, False
+        self.wake = threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def handle(self, path, body):
+        if path == "/v1/load_lora_adapter" and body["lora_name"] in self.loaded:
+            return 400, {"error": {"message": "The lora adapter has already been loaded."}}
+        if path == "/v1/load_lora_adapter":
+            self.loaded[body["lora_name"]] = read_adapter(body["lora_path"])
+            return 200, b"Success"
+        if path == "/v1/unload_lora_adapter":
+            del self.loaded[body["lora_name"]]
+            return 200, b"Success"
+        if body["model"] not in self.loaded:
+            return 404, {"error": {"message": f"The model {body['model']} does not exist."}}
+        return 200, self.answer(path, body)
+
+    def answer(self, path, body):
+        import numpy as np
+        import torch
+        from PIL import Image
+
+        from gtr_turbo.config import SamplingConfig
+        from gtr_turbo.policy.generation import generate
+        from gtr_turbo.policy.scoring import score
+        from gtr_turbo.turns.batch import make_inputs
+
+        policy, settings = self.policy, body["sampling_params"]
+        if not self.deaf:
+            with torch.no_grad():
+                for name, tensor in self.loaded[body["model"]].items():
+                    policy.model.get_parameter(name).copy_(tensor)
+        (part,) = body["content_parts"]
+        frame = np.asarray(Image.open(io.BytesIO(base64.b64decode(part["url"].split(",")[1]))))
+        (seen,) = policy.observe([frame], [""])
+        image, count = policy.processor.image_token_id, int(seen.grid.prod()) // 4
+        ids = [t for token in body["token_ids"] for t in [token] * (count if token == image else 1)]
+        prompt = torch.tensor(ids)
+        positions = policy._prompt_positions(prompt, seen.grid)
+        from dataclasses import replace
+
+        def own(observed, reply):
+            inputs = make_inputs([observed], [reply], policy.processor.pad_token_id)
+            with torch.no_grad():
+                return score(policy, inputs, raw=True).raw[0].tolist()
+
+        answer = {"prompt_token_ids": ids, "prompt_logprobs": None}
+        if "prompt_logprobs" in settings:  # all behind the picture counts as the reply here
+            start = len(ids) - ids[::-1].index(image) + 1
+            head = replace(
+                seen,
+                prompt_ids=prompt[:start],
+                positions=policy._prompt_positions(prompt[:start], seen.grid),
+            )
+            rows = own(head, prompt[start:])
+            answer["prompt_logprobs"] = [None] * start + [
+                {str(t): {"logprob": x}} for t, x in zip(ids[start:], rows, strict=True)
+            ]
+        seen = replace(seen, prompt_ids=prompt, positions=positions)
+        (reply,) = generate(
+            policy, [seen], SamplingConfig(max_new_tokens=settings["max_tokens"]),
+            torch.Generator().manual_seed(settings.get("seed", 0)),
+            greedy=settings["temperature"] == 0,
+        )  # fmt: skip
+        made = reply.response_ids.tolist()
+        content = [
+            {"token_id": t, "logprob": x}
+            for t, x in zip(made, own(seen, reply.response_ids), strict=True)
+        ]
+        ended = "stop" if made[-1] in settings["stop_token_ids"] else "length"
+        choice = {"token_ids": made, "finish_reason": ended, "logprobs": {"content": content}}
+        return {**answer, "choices": [choice]}
+
+
+def read_adapter(folder):
+    """Tensors of a PEFT folder, by the names of the parameters."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    return {name.replace(".weight", ".default.weight"): t for name, t in tensors.items()}
+
+
+@contextmanager
+def serving(policy, *script):
+    """A running server; `requests` are what it got, `loaded` the adapters it knows."""
+    server = Fake(policy, script)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.wake.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class Mortal(Handler):
+    """Replies with one token; the process dies at a request for one as often as STATE counts."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path != "/inference/v1/generate":
+            return self.send(200, b"Success")
+        state = json.loads(STATE.read_text())
+        if state["deaths"]:
+            STATE.write_text(json.dumps({**state, "deaths": state["deaths"] - 1}))
+            os._exit(1)
+        (end,) = body["sampling_params"]["stop_token_ids"]
+        ids = [
+            t
+            for token in body["token_ids"]
+            for t in [token] * (16 if token == state["image"] else 1)
+        ]
+        choice = {"token_ids": [end], "finish_reason": "stop"}
+        choice["logprobs"] = {"content": [{"token_id": end, "logprob": -1.0}]}
+        return self.send(200, {"prompt_token_ids": ids, "choices": [choice]})
+
+
+if __name__ == "__main__":
+    STATE = Path(sys.argv[1])
+    if json.loads(STATE.read_text()).get("broken"):
+        sys.exit("ValueError: no such model")
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    http.server.ThreadingHTTPServer(("127.0.0.1", port), Mortal).serve_forever()

@@ -1,0 +1,95 @@
+"""benchmarks/gpu.py at small size, and the recipes it is about."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from gtr_turbo.config import TrainConfig
+from gtr_turbo.settings import build_config, config_file, config_names, read_config
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module("gpu")
+        for name in ("gpu", "rollout"):
+            sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("qwen2.5-vl-7b", 8_292_166_656), ("qwen3-vl-8b", 8_767_123_696)],
+)
+def test_the_architectures_have_the_published_numbers_of_parameters(gpu, name, parameters):
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(gpu.architecture(name))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_the_host_memory_of_a_run_by_hand(gpu):
+    layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944
+    found = gpu.host_memory("qwen2.5-vl-7b")
+    assert found["teacher_gb_frozen"] == 2 * 28 * layer / 1e9
+    block = 1280 * 3840 + 1280 * 1280 + 3 * 1280 * 3420
+    tower = 32 * block + 5120 * 5120 + 5120 * 3584
+    assert found["ties_history_gb_trained"] == 16 * (28 * layer + tower) / 1e9
+
+
+def test_a_small_run_measures_every_part_and_writes_it(gpu, tmp_path):
+    arguments = ["--small", "--models", "qwen2.5-vl-7b", "--out", str(tmp_path / "gpu")]
+    gpu.main(arguments)
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    found = result["models"]["qwen2.5-vl-7b"]
+    assert set(found) == {"model", "ratio", *gpu.PARTS}
+    assert not any("left_out" in part for part in found.values())
+    assert found["model"]["image_tokens"] == 121  # of 300x300: (308 / 28) ** 2
+    assert found["scoring"]["prompt_tokens"] > 121
+    assert found["ratio"]["steps"] == found["steps"]["steps_s"] / found["published"]["steps_s"]
+    assert all(number > 0 for number in result["limits"].values())
+    swapped = 2 * sum(  # what adapters lie on, in and out, in float32
+        tensor.numel() * 4
+        for name, tensor in _small(gpu).items()
+        if tensor.ndim == 2 and name.endswith("weight") and "embed" not in name and "lm_head" not in name
+    )  # fmt: skip
+    assert found["swap"]["mb"] == pytest.approx(swapped / 1e6)
+    page = (tmp_path / "gpu.md").read_text()
+    assert f"| update | tokens_s | {found['update']['tokens_s']:.4g} |" in page
+
+
+def _small(gpu):
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(
+            gpu.architecture("qwen2.5-vl-7b", small=True)
+        )
+    return dict(model.named_parameters())
+
+
+def test_a_run_out_of_time_says_what_it_left_out(gpu, tmp_path):
+    gpu.main(
+        ["--small", "--models", "qwen3-vl-8b", "--minutes", "0", "--out", str(tmp_path / "gpu")]
+    )
+    found = json.loads((tmp_path / "gpu.json").read_text())["models"]["qwen3-vl-8b"]
+    assert found["model"]["image_tokens"] == 81  # (288 / 32) ** 2
+    assert all(found[part] == {"left_out": "the minutes were over"} for part in gpu.PARTS)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in config_names() if name.startswith("points24-qwen")]
+)
+def test_the_recipes_of_real_models_are_sound(name):
+    config = build_config(TrainConfig, read_config(config_file(name)))
+    assert config.model.path.lower().removeprefix("qwen/").startswith(name.split("-", 1)[1][:9])
+    assert (config.model.dtype, config.model.attention) == ("bfloat16", "sdpa")
+    assert (config.turns_per_update, config.num_updates) == (1024, 30)
+    assert config.rollout.rescore  # bfloat16 decodes and scores differently
+    fast = name.endswith("-fast")
+    assert (config.ppo.ratio == "token") == fast
+    assert (config.sampling.top_k == 0 and config.sampling.repetition_penalty == 1) == fast

@@ -1,0 +1,134 @@
+"""`gtr-turbo sft`: what is demonstrated, what a vocabulary holds, and that imitation learns."""
+
+import json
+from itertools import islice, pairwise
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from gtr_turbo import sft
+from gtr_turbo.checks import ConfigError
+from gtr_turbo.config import ModelConfig
+from gtr_turbo.envs import make_env
+from gtr_turbo.policy.model import Policy
+from gtr_turbo.sft_config import DemonstrationConfig, SFTConfig
+
+HOUSE = {"prompt": "compact", "split": "train"}
+
+
+def turns(count, **settings):
+    return list(islice(sft.played(DemonstrationConfig(**settings), seed=3), count))
+
+
+def last_action(observation):
+    """What was played before; None in the beginning."""
+    past = observation["prompt"].splitlines()[1].removeprefix("past: ")
+    return past.split("', '")[-1].strip("'") or None
+
+
+def test_the_expert_plays_what_it_demonstrates():
+    for (_, reply, _), (after, _, _) in pairwise(turns(4, id="Household-Place", options=HOUSE)):
+        assert last_action(after) in (reply["action"], None)
+
+
+def test_after_a_stray_action_the_experts_is_demonstrated():
+    """Random actions are played, and each reply is the expert's for the state they led to."""
+    env = make_env("Household-Place", **HOUSE)
+    made = turns(12, id="Household-Place", options=HOUSE, stray=1.0)
+    env.reset(seed=3)
+    strayed = 0
+    for (_, before, _), (observation, reply, _) in pairwise(made):
+        played = last_action(observation)
+        strayed += played != before["action"]
+        env.step(played)
+        assert reply == env.unwrapped.demonstrate(np.random.default_rng(0))
+    assert strayed >= 8
+
+
+def test_noise_replaces_actions_only():
+    clean, noisy = (
+        turns(30, id="EZPoints", options={"prompt": "compact"}, noise=noise) for noise in (0, 1)
+    )
+    assert clean[0][1]["thoughts"] == noisy[0][1]["thoughts"]
+    assert all(reply["action"] in info["actions"] for _, reply, info in noisy)
+    assert len({reply["action"] for _, reply, _ in noisy}) >= 8
+
+
+def test_an_environment_without_an_expert_is_refused(monkeypatch):
+    monkeypatch.setattr(sft, "attribute", lambda env, name: None)
+    with pytest.raises(ConfigError, match="EZPoints has no demonstrate"):
+        next(sft.played(DemonstrationConfig(), seed=0))
+
+
+def test_a_vocabulary_of_demonstrations_has_a_token_for_every_word():
+    demonstrations = DemonstrationConfig(id="Household-Place", options=HOUSE, stray=0.3)
+    config = SFTConfig(
+        architecture="qwen3-vl",
+        vocabulary="demonstrations",
+        pieces=(", go to",),
+        demonstrations=[demonstrations],
+    )
+    tokens = sft.vocabulary(config)
+    reply = '{"thoughts": "I hold the mug 2.", "action": "go to cabinet 12"}'
+    pieces = tokens.convert_ids_to_tokens(tokens.encode(reply))
+    assert pieces == [
+        '{"thoughts": "', "I", "Ġhold", "Ġthe", "Ġmug", "Ġ2", ".",
+        '", "action": "', "go", "Ġto", "Ġcabinet", "Ġ12", '"}',
+    ]  # fmt: skip
+    assert tokens.decode(tokens.encode(reply)) == reply
+    assert len(tokens.encode("go to drawer 3, go to drawer 4")) == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"pieces": (", ",)}, "vocabulary must be 'demonstrations'"),
+        ({"vocabulary": "demonstrations"}, "no architecture"),
+    ],
+)
+def test_a_vocabulary_needs_a_model_of_its_own(settings, error):
+    with pytest.raises(ConfigError, match=error):
+        SFTConfig(**settings)
+
+
+def test_a_tiny_model_learns_what_is_shown(tmp_path):
+    """In 40 steps the loss falls under a third, the vision tower's labels too, and the folder loads again."""
+    rows = []
+    config = SFTConfig(
+        out=str(tmp_path / "model"),
+        architecture="qwen3-vl",
+        model=ModelConfig(vision="trained", attention="eager"),
+        vision_steps=40,
+        steps=40,
+        batch_turns=16,
+        warmup_steps=5,
+        demonstrations=[
+            DemonstrationConfig(id="Household-Place", options=HOUSE, turns=48, stray=0.5)
+        ],
+        vocabulary="demonstrations",
+    )
+    folder = sft.train(config, rows.append)
+    losses = [row["loss"] for row in rows if "step" in row]
+    assert losses[-1] < losses[0] / 3
+    seen = [row["right"] for row in rows if "vision_step" in row]
+    assert seen[0] < 0.3 < 0.6 < seen[-1]
+    policy = Policy(ModelConfig(path=str(folder)), temperature=1.0)
+    text = json.dumps({"thoughts": "I hold nothing.", "action": "look"})
+    assert policy.processor.decode(policy.processor.reply_ids(text)) == f"{text}<|im_end|>"
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert recipe["env"] == {"id": "Household-Place", "options": {"prompt": "compact"}}
+
+
+def test_the_frame_of_a_household_has_labels():
+    """(kind of receptacle, closed, objects in it, hand) in the last four places."""
+    env = make_env("Household-Place", **HOUSE)
+    _, info = env.reset(seed=3)
+    assert sft.visible(info)[-4:].tolist() == [0, 0, 0, 0]
+    went = next(action for action in info["actions"] if action.startswith("go to"))
+    _, _, _, _, info = env.step(went)
+    kind, closed, count, held = sft.visible(info)[-4:].tolist()
+    taken = [action for action in info["actions"] if action.startswith("take")]
+    assert (kind > 0, held, count) == (True, 0, len(taken)) or closed
+    assert torch.equal(sft.visible({"numbers": [1, 2]})[-4:], torch.full((4,), -100))
