@@ -13,10 +13,11 @@ from gtr_turbo.policy.model import Policy
 CLASSES = {
     "qwen3-vl": "Qwen3VLForConditionalGeneration",
     "qwen2.5-vl": "Qwen2_5_VLForConditionalGeneration",
+    "household-qwen3-vl": "Qwen3VLForConditionalGeneration",
 }
 
 
-@pytest.mark.parametrize("name", starter.ARCHITECTURES)
+@pytest.mark.parametrize("name", starter.STARTERS)
 def test_a_starter_is_a_small_bf16_file_of_a_stock_class(name):
     folder = starter.FOLDER / name
     assert (folder / "model.safetensors").stat().st_size < 8e6
@@ -24,6 +25,10 @@ def test_a_starter_is_a_small_bf16_file_of_a_stock_class(name):
     assert type(model).__name__ == CLASSES[name]
     assert next(model.parameters()).dtype == torch.bfloat16
     tokens = AutoTokenizer.from_pretrained(folder)
+    if name == "household-qwen3-vl":
+        pieces = tokens.convert_ids_to_tokens(tokens.encode("go to countertop 3"))
+        assert pieces == ["go", "Ġto", "Ġcountertop", "Ġ3"]
+        return
     assert tokens.convert_ids_to_tokens(tokens.encode("8*3=24")) == ["8", "*", "3", "=", "24"]
 
 
@@ -49,3 +54,21 @@ def test_a_starter_wins_some_but_leaves_most_to_learn(name, env, options):
     config = EnvConfig(id=env, options={"prompt": "compact", "early_truncation": True, **options})
     result = evaluate(policy, config, SamplingConfig(), episodes=96, split="held-out", seed=1)
     assert 0.02 < result.summary()["success"] < 0.45
+
+
+def test_the_household_starter_says_what_it_does_in_rooms_it_never_saw():
+    policy = Policy(ModelConfig(path="tiny-household-qwen3-vl", attention="eager"), temperature=1.0)
+    options = {"prompt": "compact", "history": 20}
+    envs = Envs(EnvConfig(id="Household-Place", options=options, num_envs=48), "held-out", seed=5)
+    envs.start()
+    generator = torch.Generator().manual_seed(0)
+    made = [
+        turn
+        for _ in range(2)
+        for turn, _ in play(
+            envs, range(48), policy, SamplingConfig(), RolloutConfig(), generator, greedy=True
+        )
+    ]
+    assert sum(turn.valid for turn in made) >= 94
+    assert sum(turn.facts.get("agreement", True) for turn in made) >= 90
+    assert 15 <= sum(turn.facts["admissible"] for turn in made) <= 90
