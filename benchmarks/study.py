@@ -39,6 +39,10 @@ STUDIES: dict[str, list[str]] = {
     "stress": [*STRESS, *kinds("stress"), "--eval.interval", "10"],
     "points24": ["points24", *kinds("points24"), "--eval.interval", "10"],
     "ezpoints": ["ezpoints", *kinds("ezpoints"), "--eval.interval", "5"],
+    "household": [
+        *("household-tiny", "--vary", "guidance=none,static,sft,kl", "--seeds", "3"),
+        *("--eval.episodes", "200", "--eval.interval", "10"),
+    ],
     # the published ablations
     "merge": [
         *STRESS,
