@@ -81,7 +81,9 @@ def test_a_run_out_of_time_says_what_it_left_out(gpu, tmp_path):
     assert all(found[part] == {"left_out": "the minutes were over"} for part in gpu.PARTS)
 
 
-@pytest.mark.parametrize("name", [name for name in config_names() if name.startswith("points24-qwen")])
+@pytest.mark.parametrize(
+    "name", [name for name in config_names() if name.startswith("points24-qwen")]
+)
 def test_the_recipes_of_real_models_are_sound(name):
     config = build_config(TrainConfig, read_config(config_file(name)))
     assert config.model.path.lower().removeprefix("qwen/").startswith(name.split("-", 1)[1][:9])
