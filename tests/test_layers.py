@@ -13,7 +13,7 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("commands",),
-    ("compare", "export"),
+    ("compare", "export", "planning"),
     ("settings", "trainer", "play", "baselines", "doctor", "report"),
     ("evaluate", "learner", "sft", "terminal", "card"),
     ("tracking", "trackers"),

@@ -17,6 +17,7 @@ from gtr_turbo.commands import (
     run_eval,
     run_export,
     run_merge,
+    run_plan,
     run_play,
     run_report,
     run_sft,
@@ -74,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     _report_arguments(command("report", run_report, text))
     text = "Train variants of a recipe over several seeds, and compare them."
     _compare_arguments(command("compare", run_compare, text))
+    text = "What a recipe takes on given GPUs: memory by part, hours, dollars. Starts nothing."
+    _plan_arguments(command("plan", run_plan, text))
     command("doctor", run_doctor, "Check that this machine has what a run needs.")
     return parser
 
@@ -254,6 +257,24 @@ def _export_arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--which", choices=("student", "teacher"), default="student", help="of a run")
     _output_arguments(sub)
+
+
+def _plan_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.epilog = DOTTED
+    sub.allow_abbrev = False
+    names = ", ".join(config_names())
+    sub.add_argument("--config", metavar="NAME_OR_FILE", help=f"one of {names}, or a YAML file")
+    sub.add_argument(
+        "--gpus", metavar="NxMEMORY", help="as in 1x80GB; not needed by recipes for a CPU"
+    )
+    sub.add_argument("--dollars-per-hour", type=float, metavar="X", help="price of one GPU")
+    sub.add_argument(
+        "--measured", metavar="FILE", help="JSON of benchmarks/gpu.py: its rates instead of estimates"
+    )
+    sub.add_argument(
+        "--prompt-tokens", type=int, metavar="N", help="of a prompt, image included (default: counted)"
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _terminate(number: int, frame: Any) -> None:

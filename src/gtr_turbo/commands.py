@@ -396,6 +396,36 @@ def run_compare(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 1 if failures or not finished else 0
 
 
+def run_plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Say what a run takes; the exit code is 1 if it does not fit."""
+    for key in ("dollars_per_hour", "prompt_tokens"):
+        number = getattr(options, key)
+        if number is not None and not number > 0:
+            raise ConfigError(f"--{key.replace('_', '-')} {number} must be above 0")
+    source = config_file(options.config or DEFAULT_CONFIG)
+    settings = read_config(source)
+    settings.setdefault("name", source.stem)
+    over = with_overrides(settings, read_overrides(rest))
+    config: TrainConfig = build_config(TrainConfig, over)
+    from rich.console import Console
+
+    from gtr_turbo.planning import make_plan
+    from gtr_turbo.planning.show import show
+
+    plan = make_plan(
+        config,
+        gpus=options.gpus,
+        dollars_per_hour=options.dollars_per_hour,
+        results=Path(options.measured) if options.measured else None,
+        prompt_tokens=options.prompt_tokens,
+    )
+    if options.json:
+        print(json.dumps(plan.as_json()))
+    else:
+        show(Console(), plan)
+    return 0 if plan.fits else 1
+
+
 def run_doctor(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Check the machine."""
     _no_rest(rest)
