@@ -269,10 +269,15 @@ def _plan_arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--dollars-per-hour", type=float, metavar="X", help="price of one GPU")
     sub.add_argument(
-        "--measured", metavar="FILE", help="JSON of benchmarks/gpu.py: its rates instead of estimates"
+        "--measured",
+        metavar="FILE",
+        help="JSON of benchmarks/gpu.py: its rates instead of estimates",
     )
     sub.add_argument(
-        "--prompt-tokens", type=int, metavar="N", help="of a prompt, image included (default: counted)"
+        "--prompt-tokens",
+        type=int,
+        metavar="N",
+        help="of a prompt, image included (default: counted)",
     )
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 

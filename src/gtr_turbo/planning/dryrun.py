@@ -149,6 +149,7 @@ class Shadow:
         with torch.device("meta"):
             self.critic = _nbytes(ValueHead(self.text.hidden_size).parameters())
         self.layers = list(self.base.model.language_model.layers)
+        self._layers: dict[int, Pass] = {}
         self.blocks = list(self.base.model.visual.blocks)
 
     @property
@@ -164,19 +165,25 @@ class Shadow:
         return len(self.layers) * 2 * text.num_key_value_heads * width * self.itemsize
 
     def layer(self, turns: int, length: int) -> Pass:
-        """Passes of a decoder layer over (turns, length) tokens."""
+        """Passes of a decoder layer over (turns, length) tokens; all is proportional to the turns."""
+        if length not in self._layers:
+            self._layers[length] = self._one_turn(length)
+        one = self._layers[length]
+        return Pass(turns * one.kept, turns * one.peak, turns * one.forward)
+
+    def _one_turn(self, length: int) -> Pass:
         text = self.text
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         kind = DTYPES[self.config.dtype]
 
         def run(module: Any, hidden: Tensor) -> Any:
-            turn = torch.empty(turns, length, width, dtype=kind, device="meta")
-            mask = torch.empty(turns, 1, length, length, dtype=torch.bool, device="meta")
+            turn = torch.empty(1, length, width, dtype=kind, device="meta")
+            mask = torch.empty(1, 1, length, length, dtype=torch.bool, device="meta")
             if self.config.attention == "eager":
                 mask = mask.to(kind)
             return module(hidden, attention_mask=mask, position_embeddings=(turn, turn))
 
-        return self._pass(self.layers[0], (turns, length, text.hidden_size), run)
+        return self._pass(self.layers[0], (1, length, text.hidden_size), run)
 
     def block(self, patches: int) -> Pass:
         """Passes of a block of the vision tower over so many patches of one image."""

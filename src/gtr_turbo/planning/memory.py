@@ -8,8 +8,9 @@ from gtr_turbo.config import TrainConfig
 from gtr_turbo.planning.dryrun import Shadow
 from gtr_turbo.policy.scoring import LOGITS
 
-LOGIT_COPIES = 8
-"""Tensors of the size of the logits that a part of the update holds at once (policy/scoring.py)."""
+LOGIT_COPIES = 4
+"""Tensors of the size of the logits that the update holds at once; twice as many where they are made in parts, and
+again in the backward pass (policy/scoring.py)."""
 USED = 0.9
 """Share of a GPU that is planned with: its context and the allocator's gaps take the rest."""
 
@@ -84,27 +85,29 @@ def update_bytes(shadow: Shadow, lengths: Lengths, turns: int) -> dict[str, int]
         tower = turns * patches * vision.hidden_size * shadow.itemsize * len(shadow.blocks)
         if not config.gradient_checkpointing:
             tower += turns * block.kept * len(shadow.blocks)
-    tokens = min(turns * lengths.reply, max(1, LOGITS // text.vocab_size))
+    part = max(1, LOGITS // text.vocab_size)
+    tokens = min(turns * lengths.reply, part)
+    copies = LOGIT_COPIES if turns * lengths.reply <= part else 2 * LOGIT_COPIES
     return {
         "activations kept": kept,
         "activations of the vision tower": tower,
-        "working memory of a layer, or logits": max(
-            working, LOGIT_COPIES * 4 * tokens * text.vocab_size
-        ),
+        "working memory of a layer, or logits": max(working, copies * 4 * tokens * text.vocab_size),
     }
 
 
 def generation_bytes(shadow: Shadow, lengths: Lengths, turns: int) -> dict[str, int]:
-    """Key-value cache at its longest, and the larger of the prompts' pass and the sampler's distributions."""
-    vocabulary = shadow.text.vocab_size
+    """Key-value cache at its longest, and what the largest of the image's, the prompt's and a token's pass adds."""
+    cache = turns * (lengths.prompt + lengths.reply - 1) * shadow.key_values
+    patches = turns * lengths.image * shadow.architecture.vision_config.spatial_merge_size**2
+    prompt = turns * lengths.prompt * shadow.key_values
     # logits, masked, divided, their softmax in float64, its cumulative sum
-    sampler = turns * vocabulary * (shadow.itemsize + 3 * 4 + 3 * 8)
-    return {
-        "key-value cache": turns * (lengths.prompt + lengths.reply - 1) * shadow.key_values,
-        "working memory of the prompts": max(
-            shadow.layer(turns, lengths.prompt).forward, sampler
-        ),
-    }
+    sampler = turns * shadow.text.vocab_size * (shadow.itemsize + 3 * 4 + 3 * 8)
+    most = max(
+        shadow.block(patches).forward,
+        prompt + shadow.layer(turns, lengths.prompt).forward,
+        cache + cache // len(shadow.layers) + sampler,  # a layer's cache is copied to be lengthened
+    )
+    return {"key-value cache": cache, "working memory of a pass": most - cache}
 
 
 def plan_memory(

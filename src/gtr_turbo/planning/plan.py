@@ -204,8 +204,8 @@ def make_plan(
                 f"{key}={number} must be a multiple of the {ranks} GPUs, which share it; give --{key}"
             )
     notes: list[str] = []
+    shadow = Shadow(config.model)  # refuses a model that is not known
     lengths = read_lengths(config, prompt_tokens, notes)
-    shadow = Shadow(config.model)
     memory = plan_memory(shadow, config, lengths, ranks=ranks, size=size * 1e9)
     name = shape_name(config.model.path)
     rates = measured(results, name) if results else assumed(size)
@@ -265,7 +265,10 @@ def _changes(config: TrainConfig, ranks: int) -> Iterator[tuple[str, TrainConfig
             env=replace(config.env, num_envs=envs),
             rollout=replace(config.rollout, turns_per_env=4 * config.rollout.turns_per_env),
         )
-        yield f"env.num_envs={envs}, rollout.turns_per_env={4 * config.rollout.turns_per_env}", fewer
+        yield (
+            f"env.num_envs={envs}, rollout.turns_per_env={4 * config.rollout.turns_per_env}",
+            fewer,
+        )
     if model.dtype == "float32":
         yield "model.dtype=bfloat16", replace(config, model=replace(model, dtype="bfloat16"))
     if model.train == "full":

@@ -153,4 +153,3 @@ def _writing(
 def hours(seconds: Mapping[str, float], config: TrainConfig) -> float:
     """Hours of all updates; evaluations, environments and checkpoints are not in it."""
     return sum(seconds.values()) * config.num_updates / 3600
-

@@ -37,7 +37,9 @@ def show(console: Console, plan: Plan) -> None:
     verdict = "" if not plan.size_gb else ", fits" if plan.fits else ", DOES NOT FIT"
     room = f" of {USED * plan.size_gb:.1f} GB planned with" if plan.size_gb else ""
     memory.add_row(
-        f"[bold]peak (in phase: {peak}{verdict})", f"{size(plan.memory.peak)}{room}", end_section=True
+        f"[bold]peak (in phase: {peak}{verdict})",
+        f"{size(plan.memory.peak)}{room}",
+        end_section=True,
     )
     for name, number in plan.memory.host.items():
         memory.add_row(f"host, each process: {name}", size(number))
