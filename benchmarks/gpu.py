@@ -30,6 +30,7 @@ import torch
 from gtr_turbo.collect import Envs
 from gtr_turbo.config import TrainConfig
 from gtr_turbo.learning.update import make_optimizer
+from gtr_turbo.planning.architectures import SHAPES, published
 from gtr_turbo.policy import loading, model, starter
 from gtr_turbo.policy.generation import generate
 from gtr_turbo.policy.memory import CudaMeter, Microbatch
@@ -39,40 +40,9 @@ from gtr_turbo.settings import build_config, config_file, read_config
 from gtr_turbo.teacher.history import History
 from gtr_turbo.teaching_config import TeacherConfig
 from gtr_turbo.turns.batch import make_inputs
-from rollout import ours, published
+from rollout import ours
+from rollout import published as published_way
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2.5-vl-7b": {
-        "config": "points24-qwen2.5-vl-7b",
-        "text": {
-            "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-            "num_attention_heads": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        },
-        "vision": {
-            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14,
-            "out_hidden_size": 3584, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
-        },
-        "pixels": {"shortest_edge": 3136, "longest_edge": 12845056},
-    },
-    "qwen3-vl-8b": {
-        "config": "points24-qwen3-vl-8b",
-        "text": {
-            "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
-            "rope_parameters": {
-                "rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20],
-                "mrope_interleaved": True,
-            },
-        },
-        "vision": {
-            "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "patch_size": 16,
-            "out_hidden_size": 4096, "num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24],
-        },
-        "pixels": {"shortest_edge": 65536, "longest_edge": 16777216},
-    },
-}  # fmt: skip
-"""The published config values (config.json and preprocessor_config.json of the Instruct models)."""
 SMALL: dict[str, dict[str, Any]] = {
     "text": {
         "vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -87,8 +57,6 @@ SMALL: dict[str, dict[str, Any]] = {
 
 def architecture(name: str, *, small: bool = False) -> Any:
     """The `transformers` config of a model, with the special tokens of the starter's tokenizer."""
-    from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
-
     words = starter.tokenizer()
     shape = SHAPES[name]
     text, vision = dict(shape["text"]), dict(shape["vision"])
@@ -115,8 +83,7 @@ def architecture(name: str, *, small: bool = False) -> Any:
         "eos_token_id": words.eos_token_id,
         "pad_token_id": words.pad_token_id,
     }
-    kind = Qwen2_5_VLConfig if name.startswith("qwen2.5") else Qwen3VLConfig
-    return kind(text_config=text, vision_config=vision, tie_word_embeddings=False, **special)
+    return published(name, text=text, vision=vision, **special)
 
 
 def make_policy(name: str, config: TrainConfig, folder: Path, *, small: bool) -> Policy:
@@ -363,7 +330,7 @@ def measure_published(bench: Bench) -> dict[str, Any]:
     # a hook of the model refers to the policy, which is not to be copied with it
     teacher = copy.deepcopy(bench.policy.model, {id(bench.policy): bench.policy}).eval()
     seconds = timed(
-        lambda: published(config, bench.policy, teacher, one, bench.steps), bench.policy.device
+        lambda: published_way(config, bench.policy, teacher, one, bench.steps), bench.policy.device
     )
     return {"steps": bench.steps, "steps_s": bench.steps / seconds}
 
@@ -489,7 +456,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES)[:2])
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--minutes", type=float, default=8.0, help="no part begins later")
     parser.add_argument("--envs", type=int, default=64)

@@ -14,7 +14,9 @@ from gtr_turbo.commands import (
     run_compare,
     run_doctor,
     run_eval,
+    run_export,
     run_merge,
+    run_plan,
     run_play,
     run_report,
     run_sft,
@@ -65,10 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--show", action="store_true", help="draw the frames with coloured blocks")
     text = "Merge checkpoints, full or LoRA, in bounded memory."
     _merge_arguments(command("merge", run_merge, text))
+    text = (
+        "Write a run's student or teacher, or an adapter, as full weights for stock transformers."
+    )
+    _export_arguments(command("export", run_export, text))
     text = "Make one HTML file of runs: curves, settings, replay."
     _report_arguments(command("report", run_report, text))
     text = "Train variants of a recipe over several seeds, and compare them."
     _compare_arguments(command("compare", run_compare, text))
+    text = "What a recipe takes on given GPUs: memory by part, hours, dollars. Starts nothing."
+    _plan_arguments(command("plan", run_plan, text))
     command("doctor", run_doctor, "Check that this machine has what a run needs.")
     return parser
 
@@ -214,8 +222,18 @@ def _merge_arguments(sub: argparse.ArgumentParser) -> None:
         metavar="F",
         help="largest fraction of a module's squared norm that a rank may lose (default 0.1)",
     )
-    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the result")
     sub.add_argument("--seed", type=int, default=0, help="of dare and of the sketch (default 0)")
+    _output_arguments(sub)
+    sub.add_argument(
+        "--keep-thresholds",
+        action="store_true",
+        help="keep what trimming found beside the checkpoints; the next merge is then faster",
+    )
+    sub.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+
+
+def _output_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the result")
     sub.add_argument(
         "--threads",
         type=int,
@@ -226,12 +244,41 @@ def _merge_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--shard-gb", type=float, default=5.0, metavar="GB", help="largest file (default 5)"
     )
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _export_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--keep-thresholds",
-        action="store_true",
-        help="keep what trimming found beside the checkpoints; the next merge is then faster",
+        "source", metavar="RUN_OR_ADAPTER", help="run folder, PEFT adapter, or model folder"
     )
-    sub.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    sub.add_argument(
+        "--base", metavar="MODEL", help="folder of the adapter's base (default: the one it names)"
+    )
+    sub.add_argument("--which", choices=("student", "teacher"), default="student", help="of a run")
+    _output_arguments(sub)
+
+
+def _plan_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.epilog = DOTTED
+    sub.allow_abbrev = False
+    names = ", ".join(config_names())
+    sub.add_argument("--config", metavar="NAME_OR_FILE", help=f"one of {names}, or a YAML file")
+    sub.add_argument(
+        "--gpus", metavar="NxMEMORY", help="as in 1x80GB; not needed by recipes for a CPU"
+    )
+    sub.add_argument("--dollars-per-hour", type=float, metavar="X", help="price of one GPU")
+    sub.add_argument(
+        "--measured",
+        metavar="FILE",
+        help="JSON of benchmarks/gpu.py: its rates instead of estimates",
+    )
+    sub.add_argument(
+        "--prompt-tokens",
+        type=int,
+        metavar="N",
+        help="of a prompt, image included (default: counted)",
+    )
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -319,8 +319,7 @@ def run_merge(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from gtr_turbo.merging import merge as merge_checkpoints
     from gtr_turbo.terminal import MergeView, show_merge
 
-    if not 0 < options.shard_gb < 2**20:
-        raise ConfigError(f"shard size {options.shard_gb} GB must be above 0")
+    shard_bytes = _shard_bytes(options)
     given = vars(options).copy()
     for key in ("command", "run_command", "checkpoints", "out", "json", "shard_gb"):
         del given[key]
@@ -329,7 +328,7 @@ def run_merge(options: argparse.Namespace, rest: Sequence[str]) -> int:
             options.checkpoints,
             options.out,
             progress=view.progress,
-            shard_bytes=int(options.shard_gb * 2**30),
+            shard_bytes=shard_bytes,
             **given,
         )
     if options.json:
@@ -338,6 +337,42 @@ def run_merge(options: argparse.Namespace, rest: Sequence[str]) -> int:
         )
     else:
         show_merge(view.console, report)
+    return 0
+
+
+def _shard_bytes(options: argparse.Namespace) -> int:
+    if not 0 < options.shard_gb < 2**20:
+        raise ConfigError(f"shard size {options.shard_gb} GB must be above 0")
+    return int(options.shard_gb * 2**30)
+
+
+def run_export(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Write full weights."""
+    _no_rest(rest)
+    from gtr_turbo.export import export
+    from gtr_turbo.terminal import MergeView
+
+    with MergeView(quiet=options.json) as view:
+        report = export(
+            Path(options.source),
+            Path(options.out),
+            base=options.base,
+            which=options.which,
+            dtype=options.dtype,
+            threads=options.threads,
+            shard_bytes=_shard_bytes(options),
+            progress=view.progress,
+        )
+    plan = report.plan
+    if options.json:
+        print(json.dumps({"seconds": report.seconds, "plan": asdict(plan), **report.manifest}))
+        return 0
+    base = f" on {plan.base}" if plan.base else ""
+    added = f", {plan.merged} changed by the adapter" if plan.base else ""
+    print(
+        f"written to {plan.out}: {plan.inputs[0]}{base}; {plan.tensors} tensors{added}, "
+        f"{plan.disk_bytes / 1e9:.2f} GB, {report.seconds:.1f} s"
+    )
     return 0
 
 
@@ -394,6 +429,36 @@ def run_compare(options: argparse.Namespace, rest: Sequence[str]) -> int:
     finished = len(found.runs) - len(found.missing)
     print(f"{finished} of {len(found.runs)} runs; tables and report are in {plan.out}")
     return 1 if failures or not finished else 0
+
+
+def run_plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Say what a run takes; the exit code is 1 if it does not fit."""
+    for key in ("dollars_per_hour", "prompt_tokens"):
+        number = getattr(options, key)
+        if number is not None and not number > 0:
+            raise ConfigError(f"--{key.replace('_', '-')} {number} must be above 0")
+    source = config_file(options.config or DEFAULT_CONFIG)
+    settings = read_config(source)
+    settings.setdefault("name", source.stem)
+    over = with_overrides(settings, read_overrides(rest))
+    config: TrainConfig = build_config(TrainConfig, over)
+    from rich.console import Console
+
+    from gtr_turbo.planning import make_plan
+    from gtr_turbo.planning.show import show
+
+    plan = make_plan(
+        config,
+        gpus=options.gpus,
+        dollars_per_hour=options.dollars_per_hour,
+        results=Path(options.measured) if options.measured else None,
+        prompt_tokens=options.prompt_tokens,
+    )
+    if options.json:
+        print(json.dumps(plan.as_json()))
+    else:
+        show(Console(), plan)
+    return 0 if plan.fits else 1
 
 
 def run_doctor(options: argparse.Namespace, rest: Sequence[str]) -> int:

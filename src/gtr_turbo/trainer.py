@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from gtr_turbo import checkpoint
+from gtr_turbo.card import write_cards
 from gtr_turbo.collect import SIGNALS, stream
 from gtr_turbo.config import TrainConfig
 from gtr_turbo.distributed.ranks import ALONE, Ranks
@@ -270,4 +271,5 @@ def _summary(
         "evaluations": dict(evaluations),
     }
     checkpoint.write_atomically(run / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_cards(config, summary)
     return summary

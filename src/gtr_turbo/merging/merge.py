@@ -113,6 +113,7 @@ def merge(
 
     Args:
         checkpoints: the oldest first: full models (folder or .safetensors file), or LoRA adapters of one base.
+            One alone with `linear` is written out as it is.
         out: folder to make.
         base: where the checkpoints started from. Needed by methods that work on changes, and by `dense`.
         method: a row of `methods.METHODS`.
@@ -218,8 +219,10 @@ def _recipe(
     lam: float,
 ) -> Recipe:
     """Check the numbers and resolve the weights."""
-    if count < 2:
-        raise MergeError(f"a merge takes two checkpoints or more, given {count}")
+    if count < (1 if method == "linear" else 2):
+        raise MergeError(
+            f"a merge takes two checkpoints or more, given {count}; `gtr-turbo export` writes out one"
+        )
     if isinstance(weights, str):
         if weights not in ("sma", "ema"):
             raise MergeError(

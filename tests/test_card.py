@@ -1,0 +1,134 @@
+"""Model cards: what the hub reads in them, what they say, and that nothing in them escapes its place."""
+
+import json
+import re
+from dataclasses import asdict
+
+import huggingface_hub
+import pytest
+import yaml
+from transformers import AutoModelForImageTextToText
+
+from gtr_turbo.card import model_card, write_cards
+from gtr_turbo.config import EnvConfig, ModelConfig, TrainConfig
+
+HUB = "Qwen/Qwen2.5-VL-7B-Instruct"
+SUMMARY = {
+    "success_after": 0.5,
+    "success_merge": 0.25,
+    "split": "held-out",
+    "episodes": 200,
+    "env_steps": 30720,
+    "evaluations": {
+        "before/held-out/student": {"success": 0.125, "interval": [0.1, 0.15]},
+        "after/held-out/student": {"success": 0.5, "interval": [0.43, 0.57]},
+        "after/held-out/teacher": {"success": 0.25, "interval": [0.2, 0.3]},
+    },
+}
+
+
+def settings(**changed):
+    return json.loads(json.dumps(asdict(TrainConfig(**changed))))
+
+
+def card(**changed):
+    about = {
+        "base": HUB,
+        "which": "student",
+        "adapter": True,
+        "settings": settings(name="mine", seed=7, env=EnvConfig(id="Points24")),
+        "summary": SUMMARY,
+    }
+    return model_card(**about | changed)
+
+
+def code_of(text):
+    return re.search(r"```python\n(.*?)```", text, re.S)[1]
+
+
+def test_the_hub_reads_the_front_matter():
+    data = huggingface_hub.ModelCard(card()).data
+    assert data.base_model == HUB
+    assert data.library_name == "peft"
+    assert data.license is None
+    assert {"gtr-turbo", "lora"} <= set(data.tags)
+    (result,) = data.eval_results
+    assert (result.dataset_type, result.metric_value) == ("Points24", 0.5)
+    teacher = huggingface_hub.ModelCard(card(which="teacher", adapter=False)).data
+    assert (teacher.library_name, teacher.to_dict()["base_model_relation"]) == (
+        "transformers",
+        "merge",
+    )
+    assert teacher.eval_results[0].metric_value == 0.25
+
+
+def test_it_says_what_was_measured_and_with_which_settings():
+    text = card()
+    assert "| held-out | the model the run began with | 12.5% | 10.0% to 15.0% |" in text
+    assert "| held-out | this student | 50.0% | 43.0% to 57.0% |" in text
+    assert "25.0%" not in text  # the merge has a card of its own
+    assert "25.0% | 20.0% to 30.0%" in card(which="teacher", adapter=False)
+    assert "| environment steps of the run | 30720 |" in text
+    assert "| seed | 7 |" in text
+    dumped = re.search(r"```yaml\n(.*?)```", text, re.S)[1]
+    assert yaml.safe_load(dumped)["ppo"] == settings()["ppo"]
+    assert f'from_pretrained("{HUB}"' in code_of(text)
+    compile(code_of(text), "card", "exec")
+
+
+def test_names_cannot_break_yaml_markdown_or_code():
+    evil = 'x\n---\n# Fake | <b>`a`</b> [l](javascript:0) "y: {{ 7*7 }}'
+    hostile = settings(name=evil, env=EnvConfig(id=evil, options={"note": "````\n# out"}))
+    text = card(settings=hostile, base=f"/home/me/{evil}")
+    head, body = text.split("\n---\n", 1)[0] + "\n", text.split("\n---\n", 1)[1]
+    front = yaml.safe_load(head.removeprefix("---\n"))
+    assert front["model-index"][0]["results"][0]["dataset"]["type"] == evil
+    assert "base_model" not in front
+    prose = re.sub(r"(`{3,})\w+\n.*?\n\1", "", body, flags=re.S)
+    assert "# Fake" not in re.findall(r"^.*$", prose, re.M)
+    assert "<b>" not in prose.replace("\\<b\\>", "")
+    assert "49" not in prose
+    rows = [line for line in prose.splitlines() if line.startswith("| environment |")]
+    assert len(rows) == 1
+    assert len(re.findall(r"(?<!\\)\|", rows[0])) == 3
+    assert "`````yaml" in text  # longer than the fence inside
+    compile(code_of(text), "card", "exec")
+
+
+def test_no_folder_of_this_machine_is_published():
+    folder = "/home/me/models/mine"
+    text = card(
+        settings=settings(run="/home/me/runs/x", model=ModelConfig(path=folder)), base=folder
+    )
+    assert "/home/me" not in text
+    assert "path: mine" in text
+
+
+@pytest.mark.parametrize("base", ["tiny-qwen3-vl"])
+def test_the_code_for_a_shipped_starter_loads_it(base):
+    line = next(line for line in code_of(card(base=base)).splitlines() if line.startswith("base ="))
+    from gtr_turbo.policy.starter import model_folder
+
+    found = {
+        "AutoModelForImageTextToText": AutoModelForImageTextToText,
+        "model_folder": model_folder,
+    }
+    exec(line, found)
+    assert found["base"].config.model_type == "qwen3_vl"
+
+
+def test_a_run_without_evaluations_and_weights_without_a_run_claim_nothing(tmp_path):
+    for which in ("student", "teacher"):
+        (tmp_path / which).mkdir()
+    paths = {which: str(tmp_path / which) for which in ("student", "teacher")}
+    summary = {"success_after": None, "success_merge": None, "env_steps": 4, "evaluations": {}}
+    write_cards(TrainConfig(), summary | paths | {"episodes": 0})
+    for which, words in (("student", "A vision-language agent"), ("teacher", "The teacher of")):
+        text = (tmp_path / which / "README.md").read_text()
+        assert words in text
+        assert "## Results" not in text
+        assert "model-index" not in text
+        assert "PeftModel" not in text  # the default trains all weights
+    bare = model_card(base=HUB, which="student", adapter=False)
+    assert "how they were trained is not known" in bare
+    assert "## Settings" not in bare
