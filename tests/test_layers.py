@@ -13,6 +13,7 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("commands",),
+    ("agents",),
     ("compare", "export", "planning"),
     ("settings", "trainer", "play", "baselines", "doctor", "report"),
     ("evaluate", "learner", "sft", "terminal", "card"),

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from tiny import Bytes, inputs_of, make_policy, observations
 
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.cli import main
@@ -19,6 +18,7 @@ from gtr_turbo.policy.scoring import score
 from gtr_turbo.settings import build_config, config_file, merge, read_config
 from gtr_turbo.teacher.history import History
 from gtr_turbo.teaching_config import TeacherConfig
+from tiny import Bytes, inputs_of, make_policy, observations
 
 LORA = {"train": "lora", "lora_rank": 8, "lora_alpha": 16}
 KINDS = [

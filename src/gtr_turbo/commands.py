@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gtr_turbo import trackers
+from gtr_turbo.agents import agent_of, env_config
 from gtr_turbo.checks import ConfigError
-from gtr_turbo.config import EnvConfig, TrainConfig
+from gtr_turbo.config import TrainConfig
 from gtr_turbo.distributed.launch import Launch, launch
 from gtr_turbo.settings import (
     SFT_CONFIGS,
@@ -28,7 +29,6 @@ from gtr_turbo.sft_config import SFTConfig
 
 if TYPE_CHECKING:
     from gtr_turbo.distributed.ranks import Ranks
-    from gtr_turbo.policy.model import Policy
 
 DEFAULT_CONFIG = "ezpoints"
 
@@ -146,102 +146,6 @@ def run_sft(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _stored_settings(path: Path, which: str) -> dict[str, Any]:
-    """Settings that lie beside an agent: of its run, or the `recipe.yaml` that `sft` writes.
-
-    Raises:
-        ConfigError: `which` is not there.
-    """
-    from gtr_turbo import checkpoint
-
-    if (path / "config.yaml").exists():
-        settings = read_config(path / "config.yaml")
-        saved = checkpoint.folders(path)
-        if not saved:
-            raise ConfigError(f"{path} is a run without a complete checkpoint; nothing to load")
-        checkpoint.read_state(saved[-1])
-        model = settings.setdefault("model", {})
-        if which == "student" and model.get("train") == "lora":
-            model["adapter"] = str(saved[-1] / "student")
-        else:
-            model |= {"path": str(saved[-1] / which), "train": "full", "adapter": None}
-        return settings
-    if which == "teacher":
-        raise ConfigError(f"{path} is no run folder, so it has no teacher; drop --which teacher")
-    from gtr_turbo.policy.starter import model_folder
-
-    beside = [Path(model_folder(str(path))) / "recipe.yaml"]
-    if path.name in ("student", "teacher"):
-        beside.append(path.resolve().parent.parent.parent / "config.yaml")
-    settings = next((read_config(file) for file in beside if file.exists()), {})
-    return merge(settings, {"model": {"path": str(path), "train": "full", "adapter": None}})
-
-
-def _is_environment(name: str) -> bool:
-    """True if an environment has this name; a folder of the same name comes first."""
-    from gtr_turbo.envs import ContractError
-    from gtr_turbo.envs.contract import resolve_id
-
-    if Path(name).exists():
-        return False
-    try:
-        resolve_id(name)
-    except ContractError:
-        if ":" in name:
-            raise
-        return False
-    return True
-
-
-def _agent(options: argparse.Namespace) -> tuple[Policy | None, TrainConfig]:
-    """The agent a path names: a run (its newest student or teacher), or a model; and its config.
-
-    An environment in the agent's place is the environment, and the agent is None, as it is if none is given.
-    """
-    if options.episodes < 1:
-        raise ConfigError(f"--episodes {options.episodes} must be at least 1")
-    if options.agent and not options.env and _is_environment(options.agent):
-        options.env, options.agent = options.agent, None
-    if options.agent:
-        settings = _stored_settings(Path(options.agent), options.which)
-    elif not (options.env or options.config):
-        raise ConfigError(f"{options.command} needs a run, a model or an environment; see --help")
-    elif options.greedy or options.which != "student":
-        raise ConfigError("--greedy and --which are of an agent, and none is given")
-    else:
-        settings = {}
-    if options.config:
-        model = settings.pop("model", {})
-        settings = merge(read_config(config_file(options.config)), {"model": model})
-    if options.env:
-        env = settings.setdefault("env", {})
-        if (
-            env.get("id", EnvConfig().id) != options.env
-        ):  # of its options only the prompt's style carries over
-            style = env.get("options", {}).get("prompt")
-            env["options"] = {"prompt": style} if style else {}
-        env["id"] = options.env
-    config: TrainConfig = build_config(TrainConfig, settings)
-    if not options.agent:
-        return None, config
-    from gtr_turbo.policy.model import Policy
-
-    return Policy(config.model, temperature=config.sampling.temperature, seed=config.seed), config
-
-
-def _env_config(options: argparse.Namespace, config: TrainConfig) -> tuple[EnvConfig, str | None]:
-    import yaml
-
-    given = {}
-    for text in options.option or ():
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--option {text!r} must be NAME=VALUE")
-        given[key] = yaml.safe_load(value)
-    env = replace(config.env, options={**config.env.options, **given})
-    return env, None if options.split == "none" else options.split or env.eval_split
-
-
 def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Evaluate an agent."""
     _no_rest(rest)
@@ -250,10 +154,10 @@ def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from gtr_turbo.baselines import measure, read_names
 
     baselines = read_names(options.baselines) if options.baselines is not None else ()
-    policy, config = _agent(options)
+    policy, config = agent_of(options)
     if policy is not None:
         torch.set_num_threads(config.threads)
-    env, split = _env_config(options, config)
+    env, split = env_config(options, config)
     seed = 0 if options.seed is None else options.seed
     found = {
         "env": env.id,
@@ -297,8 +201,8 @@ def run_play(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     from gtr_turbo.play import by_hand, watch
 
-    policy, config = _agent(options)
-    env, split = _env_config(options, config)
+    policy, config = agent_of(options)
+    env, split = env_config(options, config)
     about: dict[str, Any] = {
         "episodes": options.episodes,
         "split": split,

@@ -30,7 +30,7 @@ class Counter(TorchDispatchMode):
     """Inside the block, bytes of the tensors that operations make: `live` now, and `peak`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -81,7 +81,7 @@ def _attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # with a mask, transformers repeats keys and values
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    return _Fused.apply(query, key, value), None
+    return _Fused.apply(query, key, value), None  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Shadow:
         """Bytes of the key-value cache for each token."""
         text = self.text
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return len(self.layers) * 2 * text.num_key_value_heads * width * self.itemsize
+        return int(len(self.layers) * 2 * text.num_key_value_heads * width * self.itemsize)
 
     def layer(self, turns: int, length: int) -> Pass:
         """Passes of a decoder layer over (turns, length) tokens; all is proportional to the turns."""

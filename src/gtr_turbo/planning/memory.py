@@ -60,7 +60,7 @@ class Memory:
 
 def trained_bytes(shadow: Shadow) -> int:
     """Bytes of what is trained, the critic included; so much are gradients, and each of Adam's two moments."""
-    return sum(p.nbytes for p in shadow.trained) + shadow.critic
+    return int(sum(p.nbytes for p in shadow.trained) + shadow.critic)
 
 
 def update_bytes(shadow: Shadow, lengths: Lengths, turns: int) -> dict[str, int]:
@@ -165,4 +165,4 @@ def _features(shadow: Shadow, config: TrainConfig, lengths: Lengths, ranks: int)
         return 0
     deep = len(getattr(shadow.architecture.vision_config, "deepstack_visual_indexes", ()))
     turns = (config.turns_per_update + config.env.num_envs) // ranks
-    return turns * lengths.image * (1 + deep) * shadow.text.hidden_size * shadow.itemsize
+    return int(turns * lengths.image * (1 + deep) * shadow.text.hidden_size * shadow.itemsize)

@@ -140,7 +140,7 @@ def read_lengths(config: TrainConfig, prompt: int | None, notes: list[str]) -> L
         longest = max(len(_ids(words, text)) for text in prompts)
         prompt = longest - 1 + image  # one placeholder is there already
         notes.append(
-            f"prompt: the longest of {len(prompts)} in {LOOKED_AT} environments after up to {LOOKED_AT} random actions"
+            f"prompt: the longest of {len(prompts)}, in {LOOKED_AT} environments played at random"
         )
     if prompt < image:
         raise ConfigError(f"--prompt-tokens {prompt} is less than the {image} tokens of the image")
@@ -238,11 +238,12 @@ def _assumptions(rates: Rates, ranks: int) -> Iterator[str]:
         yield f"rates: {rates.source}"
     else:
         yield (
-            f"times are estimates, not measurements, from the {rates.source}; of these {rates.update_share:.0%} are "
-            f"reached in passes and {rates.memory_share:.0%} in decoding, of which a layer takes at least "
-            f"{rates.layer_ms:g} ms"
+            f"times are estimates, not measurements, from the {rates.source}; of these "
+            f"{rates.update_share:.0%} are reached in passes and {rates.memory_share:.0%} in decoding, "
+            f"of which a layer takes at least {rates.layer_ms:g} ms"
         )
-    yield "every reply is as long as sampling.max_new_tokens; environments, evaluations and checkpoints take no time"
+    yield "every reply is as long as sampling.max_new_tokens"
+    yield "environments, evaluations and checkpoints take no time"
     if ranks > 1:
         yield (
             f"the {ranks} GPUs each hold the whole model and share environments and minibatches; gradients travel "

@@ -19,7 +19,7 @@ GPUS = {
     80: ("A100 80 GB", 312.0, 2039.0),
     141: ("H200", 989.0, 4800.0),
 }
-"""By GB of memory: a GPU of that size, its dense bfloat16 TFLOP/s and its memory's GB/s, as its data sheet gives them."""
+"""By GB of memory: a GPU of that size, its dense bfloat16 TFLOP/s and its memory's GB/s, of its data sheet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +146,9 @@ def _writing(
     reading = (weights + cache) / (rates.memory_gb_s * 1e9 * rates.memory_share)
     products = 2 * (shadow.language_weights + shadow.head) * rows / flops
     launching = len(shadow.layers) * rates.layer_ms / 1e3 if config.rollout.engine == "hf" else 0.0
-    step = max(reading, products, launching)
-    return config.rollout.turns_per_env * (prompt / flops + lengths.reply * step)
+    step: float = max(reading, products, launching)
+    total: float = config.rollout.turns_per_env * (prompt / flops + lengths.reply * step)
+    return total
 
 
 def hours(seconds: Mapping[str, float], config: TrainConfig) -> float:
