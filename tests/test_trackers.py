@@ -53,16 +53,18 @@ def two(monkeypatch):
 
 
 def wandb_records(path):
-    """Records of a `.wandb` file: after 7 bytes, LevelDB's log format in blocks of 32 KiB."""
+    """Whole records of a `.wandb` file so far: after 7 bytes, LevelDB's log format in blocks of 32 KiB."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, parts = path.read_bytes(), 7, b""
-    assert data.startswith(b":W&B")
+    assert b":W&B".startswith(data[:4])
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:
             at += 32768 - at % 32768
             continue
         size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + 7 + size > len(data):
+            return  # it is being written
         parts += data[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # a whole record, or the last part of one
@@ -73,7 +75,7 @@ def wandb_records(path):
 def wandb_files(run):
     """Each start of a run, from its offline files: (id, name, config, metrics by step)."""
     for path in sorted((run / "wandb").glob("offline-run-*/run-*.wandb")):
-        records, deadline = [], time.monotonic() + 20
+        records, deadline = [], time.monotonic() + 120
         while not any(record.HasField("exit") for record in records):
             assert time.monotonic() < deadline, f"{path} was never finished"
             records = list(wandb_records(path))  # wandb's own process writes it, a little later
