@@ -379,8 +379,10 @@ class TrainConfig:
     @property
     def history(self) -> str:
         """`teacher.history`, with `auto` resolved."""
-        auto = "factors" if self.model.train == "lora" else "sums"
-        return auto if self.teacher.history == "auto" else self.teacher.history
+        if self.teacher.history != "auto":
+            return self.teacher.history
+        factors = self.model.train == "lora" and self.teacher.method == "ties"
+        return "factors" if factors else "sums"
 
     @property
     def turns_per_update(self) -> int:

@@ -152,8 +152,8 @@ class Learner:
     def remember(self, iteration: int, batch: Batch, clock: Clock) -> dict[str, float]:
         """Keep the checkpoint and merge if a merge is due; returns the `teacher` group.
 
-        The first rank has the history and merges: it takes several times the weights' memory, and the others
-        get the same bits.
+        The first rank has the history and merges: it takes more memory than the weights, and the others get
+        the same bits.
         """
         factors = self._config.history == "factors"
         newest = self.policy.factors() if factors else self.policy.deltas()

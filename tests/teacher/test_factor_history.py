@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from gtr_turbo.merging import tensors
 from gtr_turbo.merging.methods import Recipe, ema, sma
 from gtr_turbo.merging.tensors import merge_tensors
 from gtr_turbo.teacher.history import FactorHistory, History
@@ -110,7 +111,9 @@ def test_between_merges_nothing_of_a_layers_size_is_kept(kind):
         smallest = min(rows * columns for rows, columns in SHAPES.values())
         assert made_bytes.largest >= 4 * smallest
         assert made_bytes.live < 4 * smallest
-        assert made_bytes.peak < 16 * 4 * 24 * 40  # of one layer, whatever the number of checkpoints
+        assert (
+            made_bytes.peak < 16 * 4 * 24 * 40
+        )  # of one layer, whatever the number of checkpoints
     assert history.count == 6
 
 
@@ -130,13 +133,9 @@ def test_a_saved_history_of_factors_goes_on_bit_for_bit(kind):
 
 
 def test_a_threshold_is_found_once(monkeypatch):
-    from gtr_turbo.merging import tensors
-
     found = []
     real = tensors.cut_of
-    monkeypatch.setattr(
-        tensors, "cut_of", lambda *a, **k: found.append(1) or real(*a, **k)
-    )
+    monkeypatch.setattr(tensors, "cut_of", lambda *a, **k: found.append(1) or real(*a, **k))
     history = factor_history({})
     for count, checkpoint in enumerate(checkpoints(4), start=1):
         history.add(checkpoint.items())
@@ -149,9 +148,9 @@ def test_the_other_form_is_refused():
     factors = factor_history({}, checkpoints(2))
     sums = History(TeacherConfig())
     sums.add([("w", torch.ones(2, 2))])
-    with pytest.raises(ValueError, match="kept as factors, .* set teacher.history to factors"):
+    with pytest.raises(ValueError, match=r"kept as factors, .* set teacher.history to factors"):
         History(TeacherConfig()).load_state(factors.state())
-    with pytest.raises(ValueError, match="kept as sums, .* set teacher.history to sums"):
+    with pytest.raises(ValueError, match=r"kept as sums, .* set teacher.history to sums"):
         factor_history({}).load_state(sums.state())
 
 
