@@ -9,20 +9,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gtr_turbo.teacher.history import FactorHistory, History
 from gtr_turbo.teaching_config import TeacherConfig
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    began = time.process_time()
-    work()
-    return time.process_time() - began
 
 
 def change_of(_: str, factors: Tensor) -> Tensor:
@@ -53,8 +45,13 @@ def main(arguments: list[str] | None = None) -> None:
                     (name, tensor if history.form == "factors" else change_of(name, tensor))
                     for name, tensor in checkpoint.items()
                 )
-                add = seconds(lambda kept=kept, history=history: history.add(kept))
-                merge = seconds(lambda history=history: list(history.merged()))
+                times = [time.process_time()]
+                history.add(kept)
+                times.append(time.process_time())
+                for _ in history.merged():
+                    pass
+                times.append(time.process_time())
+            add, merge = times[1] - times[0], times[2] - times[1]
             size = sum(tensor.nbytes for tensor in history.state().values()) / 1e6
             print(f"| {method} | {history.form} | {size:.0f} | {add:.2f} | {merge:.2f} |")
 
