@@ -37,7 +37,7 @@ from gtr_turbo.policy.memory import CudaMeter, Microbatch
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.scoring import score
 from gtr_turbo.settings import build_config, config_file, read_config
-from gtr_turbo.teacher.history import History
+from gtr_turbo.teacher.history import FactorHistory
 from gtr_turbo.teaching_config import TeacherConfig
 from gtr_turbo.turns.batch import make_inputs
 from rollout import ours
@@ -289,13 +289,19 @@ def measure_swap(bench: Bench) -> dict[str, Any]:
 
 
 def measure_merge(bench: Bench) -> dict[str, Any]:
-    """A checkpoint into the history and the merge out of it, for the last two layers; the sums are on the host."""
-    policy, history = bench.policy, History(TeacherConfig())
+    """Checkpoints into the history of factors and the merge of them, for the last two layers, on the device."""
+    policy, count = bench.policy, 4
+    history = FactorHistory(TeacherConfig(), policy.change_of)
     layers = list(policy._adapted())
     last = layers[-14:]
     with mock.patch.object(policy, "_adapted", return_value=last):
-        history.add(policy.deltas())  # the sums' memory, and the kernels' compilation
-        add = timed(lambda: history.add(policy.deltas()), policy.device)
+        for _ in range(count):
+            history.add(policy.factors())
+            list(
+                history.merged()
+            )  # of one checkpoint more each time; the first compiles the kernels
+        again = timed(lambda: list(history.merged()), policy.device)
+        add = timed(lambda: history.add(policy.factors()), policy.device)
     out = timed(lambda: list(history.merged()), policy.device)
     sizes = {name: layer.base_layer.weight.numel() for name, layer in layers}
     share = sum(sizes[name] for name, _ in last) / sum(sizes.values())
@@ -303,11 +309,12 @@ def measure_merge(bench: Bench) -> dict[str, Any]:
         "tensors_measured": len(last),
         "tensors": len(layers),
         "share_of_parameters": share,
+        "checkpoints": count + 1,
         "add_seconds": add,
         "merge_seconds": out,
         "add_seconds_of_all_by_size": add / share,
         "merge_seconds_of_all_by_size": out / share,
-        "history_host_gb_of_all": 16 * sum(sizes.values()) / 1e9,
+        "seconds_of_all_a_further_checkpoint": again / count / share,
     }
 
 
@@ -439,14 +446,24 @@ def host_memory(name: str) -> dict[str, float]:
     """GB (10^9 bytes) that a LoRA run keeps on the host, from the shapes alone, by `model.vision`."""
     from transformers import AutoModelForImageTextToText
 
+    config = build_config(TrainConfig, read_config(config_file(SHAPES[name]["config"])))
+
     with torch.device("meta"):
         whole = AutoModelForImageTextToText.from_config(architecture(name))
     modules = dict(whole.named_modules())
-    found = {"parameters": float(sum(p.numel() for p in whole.parameters()))}
+    found = {
+        "parameters": float(sum(p.numel() for p in whole.parameters())),
+        "lora_rank": float(config.model.lora_rank),
+    }
     for vision in ("frozen", "trained"):
         layers = loading.linear_layers(whole, vision=vision == "trained")
         count = sum(modules[layer].weight.numel() for layer in layers)
         found[f"base_gb_{vision}"] = found[f"teacher_gb_{vision}"] = 2 * count / 1e9
+        # (out, in) of a layer: the factors are (r, in) and (out, r)
+        sides = sum(sum(modules[layer].weight.shape) for layer in layers)
+        factors = 4 * config.model.lora_rank * sides / 1e9
+        found[f"factors_gb_a_checkpoint_{vision}"] = factors
+        found[f"factors_history_gb_of_{config.num_updates}_{vision}"] = config.num_updates * factors
         found[f"ties_history_gb_{vision}"] = 16 * count / 1e9
         found[f"linear_history_gb_{vision}"] = 4 * count / 1e9
     return found

@@ -92,6 +92,7 @@ def check_fails(capsys, arguments, *parts, code=2):
         (["--ppo.microbatch_turns", "48"], ["ppo.microbatch_turns=48 must divide"]),
         (["--env_steps", "100"], ["env_steps=100 is less than one update of 256 turns"]),
         (["--guidance.credit", "token", "--ppo.ratio", "sequence"], ["needs ppo.ratio='token'"]),
+        (["--teacher.history", "factors"], ["needs model.train='lora', got 'full'"]),
         (["--env.options.split", "train"], ["set env.train_split and env.eval_split"]),
         (["--config", "ezpoint"], ["'ezpoint' is neither a file", "Did you mean 'ezpoints'?"]),
         (["--resume"], ["--resume needs --run DIR"]),

@@ -38,6 +38,10 @@ def test_the_host_memory_of_a_run_by_hand(gpu):
     layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944
     found = gpu.host_memory("qwen2.5-vl-7b")
     assert found["teacher_gb_frozen"] == 2 * 28 * layer / 1e9
+    kv, hidden, wide = 3584 + 512, 3584, 18944
+    sides = 2 * (hidden + hidden) + 2 * kv + 3 * (hidden + wide)
+    assert found["factors_gb_a_checkpoint_frozen"] == 4 * 128 * 28 * sides / 1e9
+    assert found["factors_history_gb_of_30_frozen"] == 30 * found["factors_gb_a_checkpoint_frozen"]
     block = 1280 * 3840 + 1280 * 1280 + 3 * 1280 * 3420
     tower = 32 * block + 5120 * 5120 + 5120 * 3584
     assert found["ties_history_gb_trained"] == 16 * (28 * layer + tower) / 1e9

@@ -96,9 +96,14 @@ def test_two_updates_and_two_more_are_four_bit_for_bit(tiny, tmp_path, interval,
     assert trajectories[0] == trajectories[1]
 
 
-def test_adapters_resume_bit_for_bit(tiny, tmp_path):
-    model = ModelConfig(path=str(tiny), attention="eager", train="lora", lora_rank=4, lora_alpha=8)
-    config = config_of(tiny, 3, model=model)
+LORA = {"attention": "eager", "train": "lora", "lora_rank": 4, "lora_alpha": 8}
+
+
+@pytest.mark.parametrize("kept", ["factors", "sums"])
+def test_adapters_resume_bit_for_bit(tiny, tmp_path, kept):
+    model = ModelConfig(path=str(tiny), **LORA)
+    teacher = TeacherConfig(history="auto" if kept == "factors" else kept, weights="ema")
+    config = config_of(tiny, 3, model=model, teacher=teacher)
     train(config, tmp_path / "whole", Silent())
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "parts", Interrupting(1))
@@ -107,7 +112,24 @@ def test_adapters_resume_bit_for_bit(tiny, tmp_path):
     ours, theirs = (
         tensors_of(tmp_path / name / "checkpoints" / "000003") for name in ("whole", "parts")
     )
+    assert set(ours) == set(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any(name.startswith("history.safetensors:factors:2:") for name in ours) == (
+        kept == "factors"
+    )
+    other = dataclasses.replace(teacher, history="sums" if kept == "factors" else "factors")
+    config = dataclasses.replace(config, teacher=other, env_steps=16)
+    with pytest.raises(CheckpointError, match=f"000003 does not fit: .* was kept as {kept}"):
+        train(config, tmp_path / "parts", Silent(), resume=True)
+
+
+def test_both_forms_of_the_history_make_the_same_run(tiny, tmp_path):
+    model = ModelConfig(path=str(tiny), **LORA)
+    for kept in ("sums", "factors"):
+        config = config_of(tiny, 3, model=model, teacher=TeacherConfig(history=kept))
+        train(config, tmp_path / kept, Silent())
+    assert rows_of(tmp_path / "sums") == rows_of(tmp_path / "factors")
+    assert rows_of(tmp_path / "sums")[-1]["teacher/distance"] > 0
 
 
 @pytest.fixture(scope="module")

@@ -219,7 +219,8 @@ def load(
         start: fingerprint of the starting model.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or belongs to another starting model.
+        CheckpointError: the checkpoint is damaged, or belongs to another starting model, or its history is of
+            the other form.
     """
     state = read_state(folder)
     if state["start"] != start:
@@ -231,7 +232,7 @@ def load(
         trained = load_file(folder / "trained.safetensors")
         value_head = load_file(folder / "value_head.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
-        sums = load_file(folder / "history.safetensors") if policy.ranks.first else {}
+        remembered = load_file(folder / "history.safetensors") if policy.ranks.first else {}
         parameters = policy.trained()
         if set(trained) != set(parameters):
             raise KeyError(f"trained tensors differ: {sorted(set(trained) ^ set(parameters))[:3]}")
@@ -245,7 +246,10 @@ def load(
         ) from error
     _load_optimizer(optimizer, moments)
     if policy.ranks.first:
-        history.load_state(sums)
+        try:
+            history.load_state(remembered)
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {folder} does not fit: {error}") from error
     if state["teacher_age"]:
         policy.load_teacher_state(load_file(folder / "teacher.safetensors"))
     else:

@@ -341,6 +341,11 @@ class TrainConfig:
                 "rollout.engine='vllm' is sent adapters of the language model only: it needs model.train='lora' "
                 f"and model.vision='frozen', got {self.model.train!r} and {self.model.vision!r}"
             )
+        if self.teacher.history == "factors" and self.model.train != "lora":
+            raise ConfigError(
+                "teacher.history='factors' keeps the factors of adapters: it needs model.train='lora', got "
+                f"{self.model.train!r}; set teacher.history to auto or sums"
+            )
         if self.guidance.credit == "token" and self.ppo.ratio != "token":
             raise ConfigError("guidance.credit='token' needs ppo.ratio='token', got 'sequence'")
 
@@ -370,6 +375,14 @@ class TrainConfig:
                 "rollout.engine='vllm' trains in one process only: ranks would each start a server and send it "
                 "adapters; start without torchrun, or set rollout.engine to hf"
             )
+
+    @property
+    def history(self) -> str:
+        """`teacher.history`, with `auto` resolved."""
+        if self.teacher.history != "auto":
+            return self.teacher.history
+        factors = self.model.train == "lora" and self.teacher.method == "ties"
+        return "factors" if factors else "sums"
 
     @property
     def turns_per_update(self) -> int:

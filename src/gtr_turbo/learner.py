@@ -22,7 +22,7 @@ from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.vllm import VllmEngine
 from gtr_turbo.teacher.external import Corrector, correct
 from gtr_turbo.teacher.guidance import guide
-from gtr_turbo.teacher.history import History
+from gtr_turbo.teacher.history import FactorHistory, History
 from gtr_turbo.teacher.imitation import Memory, imitation_loss, teach
 from gtr_turbo.tracking import Clock
 from gtr_turbo.turns.batch import Batch, make_batch
@@ -67,7 +67,11 @@ class Learner:
         self._micro = Microbatch(
             config.ppo, note, meter, ranks=ranks, sharded=config.distributed.shard
         )
-        self._history = History(config.teacher)
+        self._history = (
+            FactorHistory(config.teacher, self.policy.change_of)
+            if config.history == "factors"
+            else History(config.teacher)
+        )
         self._memory = Memory(run / "imitation", config.guidance.imitation.limit)
         self._corrector = _corrector(config, run, self._envs, note)
         with self.policy.whole():
@@ -148,15 +152,15 @@ class Learner:
     def remember(self, iteration: int, batch: Batch, clock: Clock) -> dict[str, float]:
         """Keep the checkpoint and merge if a merge is due; returns the `teacher` group.
 
-        The first rank has the history and merges: it takes several times the weights' memory, and the others
-        get the same bits.
+        The first rank has the history and merges: it takes more memory than the weights, and the others get
+        the same bits.
         """
+        factors = self._config.history == "factors"
+        newest = self.policy.factors() if factors else self.policy.deltas()
         if self._ranks.first:
-            self._history.add(self.policy.deltas())
+            self._history.add(newest)
         else:
-            deque(
-                self.policy.deltas(), maxlen=0
-            )  # the first rank needs our part of sharded weights
+            deque(newest, maxlen=0)  # the first rank needs our part of sharded weights
         self.teacher_age += 1
         if self._history.merge_is_due(iteration):
             self.policy.load_teacher(self._ranks.spread(self._history.merged()))

@@ -217,6 +217,9 @@ class TeacherConfig:
     """EMA's weight of the newest checkpoint."""
     interval: int = 1
     """Updates between merges."""
+    history: Literal["auto", "sums", "factors"] = "auto"
+    """What is kept of the checkpoints: `sums` per merged weight, whatever their number, or each one's LoRA
+    `factors` (docs/performance.md); the merge is the same. `auto`: `factors` for TIES of adapters, else `sums`."""
 
     def __post_init__(self) -> None:
         positive(self, "interval")

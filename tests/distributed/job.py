@@ -167,6 +167,10 @@ def stored(path, form, policy, optimizer, turns, ranks, out):
         "teacher": max(
             float((merged[n] - tensor).abs().max()) for n, tensor in kept.items() if n != "norm"
         ),
+        "factors": apart(
+            {n: policy.change_of(n, f) for n, f in policy.factors()} if form == "lora" else deltas,
+            deltas,
+        ),
         "class": json.loads((newest / "teacher" / "config.json").read_text())["architectures"],
     }
     for name, who, shard in (("alone", ALONE, False), ("sharded", ranks, True)):

@@ -105,6 +105,7 @@ def test_gradients_that_not_all_ranks_have(found):
 def test_a_checkpoint_of_sharded_weights_is_one_of_whole_weights(found, form):
     """Weights, changes, teacher, moments and the teacher's scores."""
     case = found["update"][f"{form}/stored"]
+    assert case["factors"] == 0
     assert case["alone"] <= 1e-6
     assert case["sharded"] <= 1e-6
     assert case["alone after"] == case["sharded after"] == 0

@@ -10,6 +10,7 @@ from peft.utils.merge_utils import ties as peft_ties
 
 from gtr_turbo.merging.methods import METHODS, Recipe, ema, sma
 from gtr_turbo.merging.tensors import RunningTies, merge_tensors, trim
+from gtr_turbo.merging.trim import Cut
 
 
 def tensor(*values):
@@ -572,7 +573,7 @@ def running(deltas, density, alpha=None, engine="numba"):
     return sums.merged(engine=engine)
 
 
-@pytest.mark.parametrize("engine", ["numba", "numpy"])
+@pytest.mark.parametrize("engine", ["numba", "numpy", "torch"])
 @pytest.mark.parametrize("walk", [history, coarse])
 @pytest.mark.parametrize("density", [0.2, 0.8, 1.0])
 def test_running_sums_are_ties_over_the_whole_history(density, walk, engine):
@@ -594,14 +595,15 @@ def test_decayed_sums_are_ties_with_the_closed_form_weights(density, alpha):
 
 @pytest.mark.parametrize("alpha", [None, 0.3])
 @pytest.mark.parametrize("walk", [history, coarse])
-def test_both_engines_keep_the_same_sums(walk, alpha):
+def test_all_engines_keep_the_same_sums(walk, alpha):
     deltas = walk(6, (3000,))
-    made = [running(deltas, 0.7, alpha, engine) for engine in ("numba", "numpy")]
-    assert torch.equal(*(merged.view(torch.int32) for merged in made))
+    made = [running(deltas, 0.7, alpha, engine) for engine in ("numba", "numpy", "torch")]
+    assert torch.equal(*(merged.view(torch.int32) for merged in made[:2]))
+    assert torch.equal(made[0], made[2])
 
 
 def test_running_sums_remember_zeros_and_threshold_of_the_newest_change():
-    for engine in ("numba", "numpy"):
+    for engine in ("numba", "numpy", "torch"):
         sums = RunningTies(torch.zeros(5))
         sums.add(tensor(1.0, 2.0, 3.0, 4.0, 5.0), 1.0, density=0.4, engine=engine)
         assert sums.zeros == 0
@@ -614,7 +616,16 @@ def test_running_sums_remember_zeros_and_threshold_of_the_newest_change():
         assert sums.merged(engine=engine).tolist() == [0.0, 0.0, 3.0, 4.0, 5.0]
 
 
-@pytest.mark.parametrize("engine", ["numba", "numpy"])
+@pytest.mark.parametrize("engine", ["numba", "numpy", "torch"])
+def test_a_threshold_that_is_known_is_not_looked_for(engine):
+    sums = RunningTies(torch.zeros(4))
+    known = Cut(int(np.float32(2.0).view(np.uint32)), 1, 2)
+    sums.add(tensor(1.0, 2.0, -2.0, 3.0), 1.0, density=1.0, cut=known, engine=engine)
+    assert sums.cut == known
+    assert sums.merged(engine=engine).tolist() == [0.0, 2.0, 0.0, 3.0]
+
+
+@pytest.mark.parametrize("engine", ["numba", "numpy", "torch"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_change_that_is_not_finite_is_refused(bad, engine):
     delta = torch.ones(2000)
@@ -624,7 +635,7 @@ def test_a_change_that_is_not_finite_is_refused(bad, engine):
             RunningTies(delta).add(delta, 1.0, density=density, engine=engine)
 
 
-@pytest.mark.parametrize("engine", ["numba", "numpy"])
+@pytest.mark.parametrize("engine", ["numba", "numpy", "torch"])
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3)])
 def test_running_sums_take_any_shape(shape, engine):
     sums = RunningTies(torch.zeros(shape))

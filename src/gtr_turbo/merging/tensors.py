@@ -63,13 +63,13 @@ class RunningTies:
     decayed before the next checkpoint is added.
 
     Attributes:
-        sums: the four, float32.
+        sums: the four, float32, on the device of the tensor they were made for.
         zeros: entries of the newest change that are zero.
         cut: the newest change's threshold.
     """
 
     def __init__(self, like: Tensor) -> None:
-        zero = torch.zeros(like.shape, dtype=torch.float32)
+        zero = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
         self.sums = {
             name: zero.clone() for name in ("positive", "negative", "positive_w", "negative_w")
         }
@@ -84,43 +84,97 @@ class RunningTies:
         for tensor in self.sums.values():
             tensor *= factor
 
-    def add(self, delta: Tensor, weight: float, *, density: float, engine: str = "numba") -> None:
+    def add(
+        self,
+        delta: Tensor,
+        weight: float,
+        *,
+        density: float,
+        cut: Cut | None = None,
+        engine: str = "numba",
+    ) -> None:
         """Trim a float32 change and add it with a weight.
+
+        Args:
+            delta: the change, where the sums are.
+            weight: its weight.
+            density: fraction of entries kept.
+            cut: its threshold, if it was found before.
+            engine: as of `merge_tensors`.
 
         Raises:
             FloatingPointError: the change is not finite.
         """
-        kernels = backend(engine)
-        change = delta.detach().contiguous().view(-1).numpy()
-        self.cut = cut_of(change, density, kernels=kernels)
-        self.zeros, largest = kernels.accumulate(
-            change,
-            np.uint32(self.cut.magnitude),
-            self.cut.need,
-            np.float32(weight),
-            *self._flat(),
-        )
-        if largest >= INFINITE:
+        if delta.device.type != "cpu" or engine == "torch":
+            self.cut = cut or _find_cut(delta, density)
+            self.zeros = delta.numel() - int(delta.count_nonzero())
+            finite = bool(delta.isfinite().all())
+            weight = float(np.float32(weight))
+            _vote(list(self.sums.values()), _keep(delta, self.cut), weight, weight)
+        else:
+            kernels = backend(engine)
+            change = delta.detach().contiguous().view(-1).numpy()
+            self.cut = cut or cut_of(change, density, kernels=kernels)
+            self.zeros, largest = kernels.accumulate(
+                change,
+                np.uint32(self.cut.magnitude),
+                self.cut.need,
+                np.float32(weight),
+                *self._flat(),
+            )
+            finite = largest < INFINITE
+        if not finite:
             raise FloatingPointError("a checkpoint holds a number that is not finite")
 
     def merged(self, *, engine: str = "numba") -> Tensor:
         """The merge of everything added."""
-        out = torch.empty_like(self.sums["positive"])
+        sums = list(self.sums.values())
+        if sums[0].device.type != "cpu" or engine == "torch":
+            return _elect(sums, sums[0] + sums[1])
+        out = torch.empty_like(sums[0])
         backend(engine).elect(*self._flat(), out.view(-1).numpy())
         return out
 
 
-def _trim(delta: Tensor, density: float) -> Tensor:
+def _find_cut(delta: Tensor, density: float) -> Cut:
+    """`cut_of` by torch."""
     count = delta.numel()
     keep = keep_count(count, density)
     if keep >= count:
-        return delta.clone()
+        return Cut(0, count, 0)
     size = delta.abs().flatten()
     threshold = size.kthvalue(count - keep + 1).values
-    kept = size > threshold
-    equal = (size == threshold).nonzero().squeeze(1)
-    kept[equal[: keep - int(kept.sum())]] = True
+    need = keep - int((size > threshold).sum())
+    return Cut(int(threshold.view(torch.int32)), need, int((size == threshold).sum()))
+
+
+def _keep(delta: Tensor, cut: Cut) -> Tensor:
+    """What a trim leaves."""
+    if not cut.magnitude:
+        return delta  # only zeros are left out
+    size = delta.abs().flatten().view(torch.int32)
+    kept = size > cut.magnitude
+    equal = (size == cut.magnitude).nonzero().squeeze(1)
+    kept[equal[: cut.need]] = True
     return torch.where(kept.view_as(delta), delta, torch.zeros_like(delta))
+
+
+def _vote(sums: Sequence[Tensor], change: Tensor, weight: float, mass: float) -> None:
+    """Add a trimmed change to the four sums of TIES; both weights are float32 numbers."""
+    positive, negative, positive_w, negative_w = sums
+    positive += (weight * change).clamp(min=0)
+    negative += (weight * change).clamp(max=0)
+    positive_w += mass * (change > 0)
+    negative_w += mass * (change < 0)
+
+
+def _elect(sums: Sequence[Tensor], ballot: Tensor) -> Tensor:
+    """The mean of the entries of the elected sign."""
+    positive, negative, positive_w, negative_w = sums
+    elected = ballot >= 0
+    total = torch.where(elected, positive, negative)
+    mass = torch.where(elected, positive_w, negative_w)
+    return total / torch.where(mass > 0, mass, torch.ones_like(mass))
 
 
 def _drop(delta: Tensor, key: int, density: float) -> Tensor:
@@ -150,7 +204,7 @@ def _merge_on_device(deltas: Sequence[Tensor], recipe: Recipe, seed: int) -> Ten
     weights = [float(number) for number in numbers]
     changes = list(deltas)
     if row.thin == "trim":
-        changes = [_trim(delta, recipe.density) for delta in deltas]
+        changes = [_keep(delta, _find_cut(delta, recipe.density)) for delta in deltas]
     elif row.thin == "drop" and recipe.density < 1:
         keys = drop_keys(recipe, seed)
         changes = [_drop(d, int(k), recipe.density) for d, k in zip(deltas, keys, strict=True)]
@@ -160,15 +214,8 @@ def _merge_on_device(deltas: Sequence[Tensor], recipe: Recipe, seed: int) -> Ten
             zero += weight * change
         # a tensor: torch on a GPU multiplies by the reciprocal of a plain number
         return zero / torch.tensor(float(divisor), device=zero.device)
-    positive, negative, positive_w, negative_w, ballot = (zero.clone() for _ in range(5))
+    sums, ballot = [zero.clone() for _ in range(4)], zero
     for weight, change in zip(weights, changes, strict=True):
-        mass = 1.0 if recipe.compat else weight
-        positive += (weight * change).clamp(min=0)
-        negative += (weight * change).clamp(max=0)
-        positive_w += mass * (change > 0)
-        negative_w += mass * (change < 0)
+        _vote(sums, change, weight, 1.0 if recipe.compat else weight)
         ballot += change
-    elected = (ballot if recipe.compat else positive + negative) >= 0
-    total = torch.where(elected, positive, negative)
-    mass_of = torch.where(elected, positive_w, negative_w)
-    return total / torch.where(mass_of > 0, mass_of, torch.ones_like(mass_of))
+    return _elect(sums, ballot if recipe.compat else sums[0] + sums[1])

@@ -132,8 +132,31 @@ class Weights(nn.Module):
             return
         for name, layer in self._adapted():
             a, b = full(layer.lora_A["default"].weight), full(layer.lora_B["default"].weight)
-            change = layer.scaling["default"] * _product(b, a)
-            yield name, change - self._first_change(name, layer)
+            yield name, self._change(name, layer, a, b)
+
+    def _change(self, name: str, layer: Any, a: Tensor, b: Tensor) -> Tensor:
+        change: Tensor = layer.scaling["default"] * _product(b, a)
+        return change - self._first_change(name, layer)
+
+    @torch.no_grad()
+    def factors(self) -> Iterator[tuple[str, Tensor]]:
+        """What `deltas` are made of, with adapters; all ranks must take all of them, outside of `whole`.
+
+        Yields:
+            (name as in `deltas`, (r, in + out) float32 tensor on the CPU: A beside the transpose of B).
+        """
+        for name, layer in self._adapted():
+            a, b = full(layer.lora_A["default"].weight), full(layer.lora_B["default"].weight)
+            yield name, torch.cat([a.cpu().float(), b.cpu().float().t()], 1)
+
+    @torch.no_grad()
+    def change_of(self, name: str, factors: Tensor) -> Tensor:
+        """The change of a layer that `deltas` gave when `factors` gave these; float32, on the device."""
+        layer = self._plain.get_submodule(name.removesuffix(".weight"))
+        split = [layer.in_features, layer.out_features]
+        a, b = factors.to(self.device).split(split, 1)
+        # laid out as the adapter's own: a product of another layout may round otherwise
+        return self._change(name, layer, a.contiguous(), b.t().contiguous())
 
     def _copy_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The adapter the run begins with, (A, B) by name; it counts as part of the starting point."""
