@@ -150,6 +150,7 @@ class Shadow:
             self.critic = _nbytes(ValueHead(self.text.hidden_size).parameters())
         self.layers = list(self.base.model.language_model.layers)
         self._layers: dict[int, Pass] = {}
+        self._blocks: dict[int, Pass] = {}
         self.blocks = list(self.base.model.visual.blocks)
 
     @property
@@ -187,6 +188,11 @@ class Shadow:
 
     def block(self, patches: int) -> Pass:
         """Passes of a block of the vision tower over so many patches of one image."""
+        if patches not in self._blocks:
+            self._blocks[patches] = self._one_image(patches)
+        return self._blocks[patches]
+
+    def _one_image(self, patches: int) -> Pass:
         vision = self.architecture.vision_config
         width = vision.hidden_size // vision.num_heads
         ends = torch.tensor([0, patches], dtype=torch.int32)

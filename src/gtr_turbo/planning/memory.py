@@ -98,12 +98,12 @@ def update_bytes(shadow: Shadow, lengths: Lengths, turns: int) -> dict[str, int]
 def generation_bytes(shadow: Shadow, lengths: Lengths, turns: int) -> dict[str, int]:
     """Key-value cache at its longest, and what the largest of the image's, the prompt's and a token's pass adds."""
     cache = turns * (lengths.prompt + lengths.reply - 1) * shadow.key_values
-    patches = turns * lengths.image * shadow.architecture.vision_config.spatial_merge_size**2
+    patches = lengths.image * shadow.architecture.vision_config.spatial_merge_size**2
     prompt = turns * lengths.prompt * shadow.key_values
     # logits, masked, divided, their softmax in float64, its cumulative sum
     sampler = turns * shadow.text.vocab_size * (shadow.itemsize + 3 * 4 + 3 * 8)
     most = max(
-        shadow.block(patches).forward,
+        turns * shadow.block(patches).forward,
         prompt + shadow.layer(turns, lengths.prompt).forward,
         cache + cache // len(shadow.layers) + sampler,  # a layer's cache is copied to be lengthened
     )

@@ -239,8 +239,8 @@ def _assumptions(rates: Rates, ranks: int) -> Iterator[str]:
     else:
         yield (
             f"times are estimates, not measurements, from the {rates.source}; of these "
-            f"{rates.update_share:.0%} are reached in passes and {rates.memory_share:.0%} in decoding, "
-            f"of which a layer takes at least {rates.layer_ms:g} ms"
+            f"{rates.update_share:.0%} are reached in passes and {rates.memory_share:.0%} in decoding, of which a "
+            f"layer takes at least {rates.layer_ms:g} ms"
         )
     yield "every reply is as long as sampling.max_new_tokens"
     yield "environments, evaluations and checkpoints take no time"
