@@ -310,6 +310,7 @@ def measure_merge(bench: Bench) -> dict[str, Any]:
         "tensors": len(layers),
         "share_of_parameters": share,
         "checkpoints": count + 1,
+        "entries_s": (count + 1) * sum(sizes[name] for name, _ in last) / out,
         "add_seconds": add,
         "merge_seconds": out,
         "add_seconds_of_all_by_size": add / share,

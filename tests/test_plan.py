@@ -121,7 +121,7 @@ def test_the_published_run_by_hand(seven):
     layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944
     block = 1280 * 3840 + 1280 * 1280 + 3 * 1280 * 3420
     adapted = 28 * layer + 32 * block + 5120 * 5120 + 5120 * 3584
-    assert memory.history == 16 * adapted
+    assert memory.history == 30 * 4 * 414_597_120  # the factors of 30 checkpoints
     assert memory.host == {"the teacher": 2 * adapted, "the agent's own weights": 2 * adapted}
     tokens = seven.lengths.prompt + 256
     assert memory.generation["key-value cache"] == 64 * (tokens - 1) * 28 * 2 * 512 * 2
@@ -129,7 +129,7 @@ def test_the_published_run_by_hand(seven):
     assert seven.fits
     assert seven.dollars == pytest.approx(2 * seven.hours)
     assert seven.hours == pytest.approx(30 * sum(seven.seconds.values()) / 3600)
-    assert seven.seconds["remember and merge"] == pytest.approx(adapted / 130e6)
+    assert seven.seconds["remember and merge"] == pytest.approx(adapted * 15.5 / 1e9)
 
 
 def test_more_gpus_share_the_work_but_not_the_merge(seven):
@@ -173,11 +173,7 @@ def measured_file(path, **parts):
         "generation": {"share_of_memory_limit_batch_1": 0.1, "share_of_memory_limit_batch_64": 0.5},
         "scoring": {"share_of_matmul_limit": 0.5},
         "update": {"share_of_matmul_limit": 0.25},
-        "merge": {
-            "add_seconds_of_all_by_size": 20.0,
-            "merge_seconds_of_all_by_size": 5.0,
-            "history_host_gb_of_all": 16.0,
-        },
+        "merge": {"entries_s": 4e7},
     }
     result = {
         "device": "GPU X",
@@ -198,7 +194,7 @@ def test_measured_rates_take_the_place_of_estimates(seven, tmp_path):
         seven.seconds["learn"] * 312 * 0.4 / (500 * 0.25)
     )
     assert found.rates.memory_share == 0.5  # of the largest batch
-    assert found.rates.merge_entries_s == pytest.approx(1e9 / 25)
+    assert found.rates.merge_entries_s == 4e7
     assert not any("estimates" in text for text in found.assumptions)
     assert any("times are estimates" in text for text in seven.assumptions)
 

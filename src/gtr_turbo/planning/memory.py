@@ -43,7 +43,7 @@ class Memory:
     host: dict[str, int] = field(default_factory=dict)
     """On the host, of each process."""
     history: int = 0
-    """On the host: the history of checkpoints."""
+    """On the host: the history of checkpoints, at the end of the run."""
 
     @property
     def phases(self) -> dict[str, int]:
@@ -147,7 +147,9 @@ def plan_memory(
                 "the teacher": copies,
                 "the agent's own weights": copies if lora else 2 * copies,
             },
-            history=weight * shadow.exchanged,
+            history=4 * sum(p.numel() for p in shadow.trained) * config.num_updates
+            if config.history == "factors"
+            else weight * shadow.exchanged,
         )
 
     given = config.ppo.microbatch_turns

@@ -240,14 +240,15 @@ def _assumptions(rates: Rates, ranks: int) -> Iterator[str]:
         yield (
             f"times are estimates, not measurements, from the {rates.source}; of these "
             f"{rates.update_share:.0%} are reached in passes and {rates.memory_share:.0%} in decoding, of which a "
-            f"layer takes at least {rates.layer_ms:g} ms"
+            f"layer takes at least {rates.layer_ms:g} ms; a merge goes through {rates.merge_entries_s / 1e9:g} "
+            "billion weights a second, of each checkpoint that it makes again"
         )
     yield "every reply is as long as sampling.max_new_tokens"
     yield "environments, evaluations and checkpoints take no time"
     if ranks > 1:
         yield (
             f"the {ranks} GPUs each hold the whole model and share environments and minibatches; gradients travel "
-            f"at {rates.network_gb_s:g} GB/s; one history a node of {NODE}"
+            f"at {rates.network_gb_s:g} GB/s; nodes of {NODE}, one history in all"
         )
 
 

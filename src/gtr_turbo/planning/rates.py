@@ -41,7 +41,8 @@ class Rates:
     layer_ms: float = 1.0
     """Least time of one layer in one decoding step of our own engine: launching its kernels."""
     merge_entries_s: float = 130e6
-    """Weights a second into the history and out of it, one thread (docs/merging.md: 16.8 M in 0.13 s)."""
+    """Weights a second that a merge goes through, of each checkpoint that it makes again from its factors. One CPU
+    thread (docs/merging.md: 16.8 M in 0.13 s)."""
     network_gb_s: float = 25.0
     """Between nodes, of each GPU's gradients."""
 
@@ -62,6 +63,7 @@ def assumed(size_gb: float) -> Rates:
         measured=False,
         matmul_tflop_s=matmul,
         memory_gb_s=memory,
+        merge_entries_s=1e9,
     )
 
 
@@ -81,8 +83,6 @@ def measured(file: Path, model: str | None) -> Rates:
         parts, limits = found["models"][name], found["limits"]
         rows = [key for key in parts["generation"] if key.startswith("share_of_memory_limit")]
         largest = max(rows, key=lambda key: int(key.rsplit("_", 1)[1]))
-        merge = parts["merge"]
-        seconds = merge["add_seconds_of_all_by_size"] + merge["merge_seconds_of_all_by_size"]
         return Rates(
             source=f"{found['device']}, measured with {name}",
             measured=True,
@@ -93,7 +93,7 @@ def measured(file: Path, model: str | None) -> Rates:
             scoring_share=float(parts["scoring"]["share_of_matmul_limit"]),
             memory_share=float(parts["generation"][largest]),
             layer_ms=0.0,  # it is in the measured share
-            merge_entries_s=merge["history_host_gb_of_all"] * 1e9 / 16 / seconds,
+            merge_entries_s=float(parts["merge"]["entries_s"]),
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"--measured {file} cannot be read: {error}") from error
@@ -129,8 +129,15 @@ def update_seconds(
         "ask the teacher": scoring + moved if guided else 0.0,
         "learn": passes / (flops * rates.update_share),
         "share gradients": steps * reduced,
-        "remember and merge": shadow.exchanged / rates.merge_entries_s,
+        "remember and merge": shadow.exchanged * _gone_through(config) / rates.merge_entries_s,
     }
+
+
+def _gone_through(config: TrainConfig) -> float:
+    """Checkpoints that an update's merge goes through, on average over the run; of sums, the newest alone."""
+    if config.history == "sums":
+        return 1.0
+    return (config.num_updates + 1) / 2 / config.teacher.interval
 
 
 def _writing(
