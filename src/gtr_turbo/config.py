@@ -333,10 +333,8 @@ class TrainConfig:
                 f"env_steps={self.env_steps} is less than one update of {turns} turns; raise env_steps or "
                 "lower env.num_envs or rollout.turns_per_env"
             )
-        if self.rollout.engine == "vllm" and (self.model.train, self.model.vision) != (
-            "lora",
-            "frozen",
-        ):
+        adapted = (self.model.train, self.model.vision) == ("lora", "frozen")
+        if self.rollout.engine == "vllm" and not adapted:
             raise ConfigError(
                 "rollout.engine='vllm' is sent adapters of the language model only: it needs model.train='lora' "
                 f"and model.vision='frozen', got {self.model.train!r} and {self.model.vision!r}"
