@@ -211,7 +211,8 @@ def _recipe(config: SFTConfig) -> str:
     env: dict[str, Any] = {"options": {"prompt": styles.pop() if len(styles) == 1 else "full"}}
     if len(ids) == 1:
         same = {k: v for k, v in options[0].items() if all(given.get(k) == v for given in options)}
-        env = {"id": ids.pop(), "options": {k: v for k, v in same.items() if k != "split"}}
+        shared = {k: v for k, v in same.items() if k not in ("split", "expert")}
+        env = {"id": ids.pop(), "options": shared}
     return yaml.safe_dump({"env": env, "model": {"attention": config.model.attention}})
 
 

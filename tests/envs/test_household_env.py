@@ -203,6 +203,7 @@ def test_given_game_files_are_played(tmp_path):
         ({"illegal": "raise"}, "illegal='raise' is not one of nothing, random"),
         ({"history": -1}, "history=-1 must be at least 0"),
         ({"size": 64}, "size=64 at least 300"),
+        ({"expert": "human"}, "expert='human' is not one of oracle, search"),
         ({"games": "/nowhere"}, r"no solvable game.tw-pddl at /nowhere"),
     ],
 )
@@ -233,6 +234,18 @@ def test_the_expert_says_what_it_sees_holds_and_wants():
         "thoughts": "I am at the microwave 1, closed. I hold the hot egg 1. The hot egg 1 belongs in the "
         "countertop. I go to countertop 1.",
         "action": "go to countertop 1",
+    }
+
+
+def test_an_expert_that_searches_demonstrates_a_place_not_seen_yet():
+    env, _, _ = household(HOT, expert="search")
+    drawn = {env.unwrapped.demonstrate(np.random.default_rng(seed))["action"] for seed in range(60)}
+    assert len(drawn) == len(kitchen().receptacles)
+    steps(env, "go to fridge 1")
+    assert env.unwrapped.demonstrate(np.random.default_rng(0)) == {
+        "thoughts": "I am at the fridge 1, closed. I hold nothing. I need an egg and see none. "
+        "The fridge 1 is closed, so I open it.",
+        "action": "open fridge 1",
     }
 
 

@@ -9,7 +9,7 @@ from gtr_turbo.envs.household.engine import Engine
 from gtr_turbo.envs.household.files import GameError
 from gtr_turbo.envs.household.generator import generate, scenes, targets
 from gtr_turbo.envs.household.oracle import Oracle, solve
-from gtr_turbo.envs.household.world import LIGHT, TASKS, TWO
+from gtr_turbo.envs.household.world import LIGHT, PLACE, TASKS, TWO
 
 # -- facts ---------------------------------------------------------------------------------------
 
@@ -147,6 +147,48 @@ def test_the_expert_still_wins_after_30_random_commands():
                 break
             engine.step(oracle.advise().command)
         assert engine.won, engine.game.sentence
+
+
+def search(game, seed):
+    """(the engine, the commands) of an expert that has to search."""
+    engine, rng, commands = Engine(game), np.random.default_rng(seed), []
+    oracle = Oracle(engine)
+    while not engine.won and len(commands) < 2 * len(game.receptacles) + 8:
+        oracle.notice()
+        commands.append(oracle.advise(rng).command)
+        assert commands[-1] in engine.moves
+        engine.step(commands[-1])
+    return engine, commands
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_expert_that_searches_wins_and_searches_no_place_twice(task):
+    rng = np.random.default_rng(11)
+    for seed in range(20):
+        engine, commands = search(generate(rng, task=task), seed)
+        assert engine.won, engine.game.sentence
+        opened = [command for command in commands if command.startswith("open ")]
+        assert len(set(opened)) == len(opened)
+
+
+def test_an_expert_that_searches_does_not_know_what_it_has_not_seen():
+    """Wherever the object lies among places that were not seen, the search begins alike."""
+    game = generate(np.random.default_rng(4), task=PLACE)
+    found = {}
+    for place, receptacle in enumerate(game.receptacles):
+        if receptacle.kind != game.task.receptacle:
+            moved = (
+                dataclasses.replace(item, home=place) if item.kind == game.task.object else item
+                for item in game.objects
+            )
+            found[place] = search(dataclasses.replace(game, objects=tuple(moved)), seed=1)[1]
+    longest = max(found.values(), key=len)
+    for place, commands in found.items():
+        name = game.receptacles[place].name
+        at = next(i for i, command in enumerate(commands) if command.startswith("take "))
+        assert commands[at].endswith(f" from {name}")
+        assert commands[:at] == longest[:at]
+    assert len(set(map(len, found.values()))) > 5
 
 
 # -- files ---------------------------------------------------------------------------------------

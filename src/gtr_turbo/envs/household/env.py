@@ -26,6 +26,7 @@ TYPES = {"place": PLACE, "two": TWO, "light": LIGHT, "clean": CLEAN, "heat": HEA
 SPLITS = ("all", "train", "held-out")
 BACKENDS = ("native", "textworld", "thor")
 ILLEGAL = ("nothing", "random")
+EXPERTS = ("oracle", "search")
 WON, INADMISSIBLE, CUT_SHORT = 50.0, -1.0, -3.0
 MAX_ACTIONS, MAX_EQUAL, MAX_STEPS = 40, 5, 50
 """More actions than the first, or so many equal ones, end an episode early; the last ends any."""
@@ -77,6 +78,8 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         limits: of the worker of the last two, see `worker.Limits`; `{"step": 30}`.
         names: write the names of objects beside their symbols.
         size: height and width of the frame in pixels.
+        expert: who demonstrates: an `oracle` that knows where everything is, or one that has to `search`, looking
+            into receptacles that it has not seen, in any order. An agent can imitate the second only.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 - Gymnasium's name and form
@@ -97,6 +100,7 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         limits: Mapping[str, float] | None = None,
         names: bool = True,
         size: int = drawing.SIZE,
+        expert: str = "oracle",
         render_mode: str | None = None,
     ) -> None:
         if history < 0 or size < drawing.SIZE:
@@ -116,6 +120,7 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
                 f"Household: split={split!r} chooses rooms of generated games; give it or games={games!r}"
             )
         self._names, self._size = names, size
+        self._searches = _one_of("expert", expert, EXPERTS) == "search"
         self.observation_space = observation_space(size, size)
         self.action_space = AnyText()
         self._backend = self._make(_one_of("backend", backend, BACKENDS), games, limits)
@@ -229,7 +234,7 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
             `perception`: every object that the thoughts name, "egg 2", is in view; absent if they name none.
             `agreement`: the thoughts name all that the action names; absent if it names nothing.
             `admissible`: the action is a command of this state.
-            `expert`: it is the expert's; absent if the backend has none.
+            `expert`: it is the oracle's; absent if the backend has none.
         """
         sight = self._backend.sight()
         known = sight.objects | sight.receptacles
@@ -246,12 +251,12 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         return facts
 
     def demonstrate(self, rng: np.random.Generator) -> dict[str, Any]:
-        """The expert's reply. It knows where everything is, but its thoughts claim only what is in view.
+        """The expert's reply; its thoughts claim only what is in view, even the oracle's.
 
         Raises:
             ContractError: the backend has no expert.
         """
-        reply = self._backend.expert(compact=self._compact)
+        reply = self._backend.expert(compact=self._compact, search=rng if self._searches else None)
         if reply is None:
             raise ContractError(
                 "Household: backend='thor' has no expert; make demonstrations with backend='native'"

@@ -66,8 +66,10 @@ class Backend(Protocol):
     def shown(self) -> tuple[int, ...]:
         """What the frame shows, in numbers below 32; empty if that is not known."""
 
-    def expert(self, *, compact: bool) -> tuple[str, str] | None:
-        """(thoughts, command) of the expert; None if there is none."""
+    def expert(
+        self, *, compact: bool, search: np.random.Generator | None = None
+    ) -> tuple[str, str] | None:
+        """(thoughts, command) of the expert, who knows all or searches with a generator; None if there is none."""
 
     def close(self) -> None:
         """Free what it holds."""
@@ -102,6 +104,7 @@ class Native:
         return self.engine.intro()
 
     def _look(self) -> None:
+        self._oracle.notice()
         met, total = self.engine.conditions
         self.commands, self.won, self.fraction = self.engine.commands, met == total, met / total
 
@@ -134,9 +137,11 @@ class Native:
         number = 1 + kinds.index(kind) if kind in kinds else OTHER
         return number, int(at.closed), min(len(at.contents), MOST), held
 
-    def expert(self, *, compact: bool) -> tuple[str, str] | None:
-        """The expert's reply. It knows where everything is, but its thoughts claim only what is in view."""
-        advice = self._oracle.advise()
+    def expert(
+        self, *, compact: bool, search: np.random.Generator | None = None
+    ) -> tuple[str, str] | None:
+        """The expert's reply. Its thoughts claim only what is in view, also if it knows where everything is."""
+        advice = self._oracle.advise(search)
         return self._oracle.thoughts(advice, compact=compact), advice.command
 
     def close(self) -> None:

@@ -1,8 +1,10 @@
-"""An expert that knows where everything is: its next command, without a search, and the thought behind it."""
+"""An expert: its next command, and the thought behind it. It knows where everything is, or it searches."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import numpy as np
 
 from gtr_turbo.envs.household.engine import APPLIANCES, TREATMENTS, Engine, Move, listed
 from gtr_turbo.envs.household.world import CLEAN, COOL, HEAT, LIGHT, TWO, Game, visible
@@ -37,9 +39,21 @@ class Oracle:
         ]
         self._verb = TREATMENTS.get(task.type, "")
         self._word = task.object.lower()
+        self._searched: set[int] = set()
+        self._rng: np.random.Generator | None = None
 
-    def advise(self) -> Advice:
-        """The next command of a short way to the goal from here; `look` if there is no way."""
+    def notice(self) -> None:
+        """Remember what is in view now; a search relies on being told after every command."""
+        self._searched.update(i for i in self._engine.here if not self._engine.closed(i))
+
+    def advise(self, rng: np.random.Generator | None = None) -> Advice:
+        """The next command of a short way to the goal from here; `look` if there is no way.
+
+        Args:
+            rng: search: use of the objects' places only those that were noticed, and if none will do, look into
+                a receptacle that was not, drawn with this. None knows them all.
+        """
+        self._rng = rng
         held = self._engine.state.held
         if held is not None and held not in self._wanted:
             return self._get_rid(held)
@@ -82,18 +96,31 @@ class Oracle:
         def cost(i: int) -> tuple[bool, bool, bool]:
             return i not in treated, places[i] == goal, places[i] not in engine.here
 
-        free = [i for i in self._wanted if places[i] is not None]
+        free = [i for i in self._wanted if self._knows(i)]
         if self._game.task.type == TWO:
             free = [i for i in free if places[i] != goal]
-        if not free:
-            return Advice("look", f"I see no {self._word}.")
-        item = min(free, key=cost)
-        why = f"I need the {self._game.objects[item].name}, so I take it."
-        if not self._sees(item):
-            another = any(map(self._sees, self._wanted))
+        item = min(free, key=cost, default=None)
+        if item is not None and self._sees(item):
+            why = f"I need the {self._game.objects[item].name}, so I take it."
+        elif any(map(self._sees, self._wanted)):
+            why = f"I need another {self._word}."
+        else:
             why = f"I need {_a(self._word)} and see none."
-            why = f"I need another {self._word}." if another else why
+        if item is None:
+            return self._search(why)
         return self._use(places[item], Move("take", item), why)
+
+    def _search(self, why: str) -> Advice:
+        """Look into a receptacle whose contents were never seen: one here, or any."""
+        names = [r.name for r in self._game.receptacles]
+        left = [i for i in range(len(names)) if i not in self._searched]
+        if not left or self._rng is None:
+            return Advice("look", f"{why} I see no way to do it.")
+        for i in self._engine.here:
+            if i in left:
+                return Advice(f"open {names[i]}", f"{why} The {names[i]} is closed, so I open it.")
+        name = names[int(self._rng.choice(left))]
+        return Advice(f"go to {name}", f"{why} I go to {name}.")
 
     def _shine(self, held: int | None) -> Advice:
         if held is None:
@@ -102,11 +129,11 @@ class Oracle:
         lamps = [
             i
             for i, item in enumerate(self._game.objects)
-            if item.kind == task.lamp and "toggle" in item.can and state.places[i] is not None
+            if item.kind == task.lamp and "toggle" in item.can and self._knows(i)
         ]
         lamp = min(lamps, key=lambda i: state.places[i] not in self._engine.here, default=None)
         if lamp is None:
-            return Advice("look", f"I see no {task.lamp.lower()}.")
+            return self._search(f"I need {_a(task.lamp.lower())} and see none.")
         here = state.places[lamp] in self._engine.here
         name = self._game.objects[lamp].name if here else task.lamp.lower()
         why = f"The {name} must be on to look at the {self._game.objects[held].name}."
@@ -130,6 +157,11 @@ class Oracle:
         place = self._engine.state.places[item]
         return place is not None and place in self._engine.here and not self._engine.closed(place)
 
+    def _knows(self, item: int) -> bool:
+        """True if an object lies somewhere, and one who searches has seen it there."""
+        place = self._engine.state.places[item]
+        return place is not None and (self._rng is None or place in self._searched)
+
     def _treated(self) -> set[int]:
         state = self._engine.state
         return {CLEAN: state.clean, HEAT: state.hot, COOL: state.cool}.get(
@@ -142,9 +174,9 @@ class Oracle:
         return min(found, key=lambda i: i not in self._engine.here, default=None)
 
     def _goal(self) -> int | None:
-        """The receptacle to fill: that which holds most of the wanted objects, then one here."""
+        """The receptacle to fill: that which holds most of the wanted objects known, then one here."""
         kind = self._game.task.receptacle
-        places = [self._engine.state.places[i] for i in self._wanted]
+        places = [self._engine.state.places[i] for i in self._wanted if self._knows(i)]
         found = [i for i, r in enumerate(self._game.receptacles) if r.kind == kind]
         return min(
             found, key=lambda i: (-places.count(i), i not in self._engine.here), default=None
