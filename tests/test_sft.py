@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from gtr_turbo import sft
+from gtr_turbo.agents import stored_settings
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import ModelConfig
 from gtr_turbo.envs import make_env
+from gtr_turbo.policy import starter
 from gtr_turbo.policy.model import Policy
+from gtr_turbo.settings import SFT_CONFIGS, build_config, config_file, merge, read_config
 from gtr_turbo.sft_config import DemonstrationConfig, SFTConfig
 
 HOUSE = {"prompt": "compact", "split": "train"}
@@ -119,6 +123,42 @@ def test_a_tiny_model_learns_what_is_shown(tmp_path):
     assert policy.processor.decode(policy.processor.reply_ids(text)) == f"{text}<|im_end|>"
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert recipe["env"] == {"id": "Household-Place", "options": {"prompt": "compact"}}
+
+
+def test_the_start_of_a_real_run_is_an_adapter_that_is_trained_on_and_evaluated(tmp_path):
+    """The recipe of the 7B start on the tiny model: the adapter writes as it was taught, and can go on in RL."""
+    given = read_config(config_file("points24-qwen2.5-vl-7b", SFT_CONFIGS))
+    tiny = {"path": "tiny-qwen2.5-vl", "lora_rank": 4, "dtype": "float32", "device": "cpu"}
+    small = {"threads": 1, "steps": 2, "batch_turns": 4, "warmup_steps": 0}
+    over = {"model": tiny, **small, "lr": 1e-3, "out": str(tmp_path / "start")}
+    given["demonstrations"][0]["turns"] = 8
+    config = build_config(SFTConfig, merge(given, over))
+    folder = sft.train(config, lambda row: None)
+    trained = load_file(folder / "adapter_model.safetensors")
+    assert any(weight.abs().max() > 0 for name, weight in trained.items() if "lora_B" in name)
+    assert any("visual" in name for name in trained)
+    stored = stored_settings(folder, "student")
+    base = starter.model_folder("tiny-qwen2.5-vl")
+    assert stored["model"] == {
+        "path": base,
+        "adapter": str(folder),
+        "train": "lora",
+        "attention": "sdpa",
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    assert stored["env"]["id"] == "Points24"
+    policy = Policy(ModelConfig(**stored["model"]), temperature=1.0)
+    loaded = policy.trained()
+    assert len(loaded) == len(trained)
+    for name, weight in trained.items():
+        assert torch.equal(loaded[name.replace(".weight", ".default.weight")], weight)
+
+
+def test_an_adapter_without_a_base_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="names no base_model_name_or_path"):
+        stored_settings(tmp_path, "student")
 
 
 def test_the_frame_of_a_household_has_labels():

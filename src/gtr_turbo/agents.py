@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,28 @@ def stored_settings(path: Path, which: str) -> dict[str, Any]:
     if path.name in ("student", "teacher"):
         beside.append(path.resolve().parent.parent.parent / "config.yaml")
     settings = next((read_config(file) for file in beside if file.exists()), {})
-    return merge(settings, {"model": {"path": str(path), "train": "full", "adapter": None}})
+    return merge(settings, {"model": _weights(path)})
+
+
+def _weights(path: Path) -> dict[str, Any]:
+    """Settings of a model that are its weights: a whole model, or a PEFT adapter on its base.
+
+    Raises:
+        ConfigError: the adapter does not say what it adapts.
+    """
+    described = path / "adapter_config.json"
+    if not described.exists():
+        return {"path": str(path), "train": "full", "adapter": None}
+    try:
+        base = json.loads(described.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str):
+        raise ConfigError(
+            f"{described} names no base_model_name_or_path, so what the adapter is for is not known; put the "
+            "folder or the hub name of its base model there"
+        )
+    return {"path": base, "train": "lora", "adapter": str(path)}
 
 
 def is_environment(name: str) -> bool:

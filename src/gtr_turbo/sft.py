@@ -204,7 +204,7 @@ def imitate(policy: Policy, data: Demonstrations, config: SFTConfig, report: Rep
 
 
 def _recipe(config: SFTConfig) -> str:
-    """What `eval` and `play` need to know of the model: its environment, or the style of prompt it was shown."""
+    """What `eval` and `play` need to know: the environment or its style of prompt, and how the model was run."""
     ids = {demonstrations.id for demonstrations in config.demonstrations}
     options = [demonstrations.options for demonstrations in config.demonstrations]
     styles = {given.get("prompt", "full") for given in options}
@@ -213,7 +213,8 @@ def _recipe(config: SFTConfig) -> str:
         same = {k: v for k, v in options[0].items() if all(given.get(k) == v for given in options)}
         shared = {k: v for k, v in same.items() if k not in ("split", "expert")}
         env = {"id": ids.pop(), "options": shared}
-    return yaml.safe_dump({"env": env, "model": {"attention": config.model.attention}})
+    model = {name: getattr(config.model, name) for name in ("attention", "dtype", "device")}
+    return yaml.safe_dump({"env": env, "model": model})
 
 
 def train(config: SFTConfig, report: Report) -> Path:
