@@ -109,7 +109,9 @@ def test_a_tiny_model_learns_what_is_shown(tmp_path):
         batch_turns=16,
         warmup_steps=5,
         demonstrations=[
-            DemonstrationConfig(id="Household-Place", options=HOUSE, turns=48, stray=0.5)
+            DemonstrationConfig(
+                id="Household-Place", options={**HOUSE, "expert": "search"}, turns=48, stray=0.5
+            )
         ],
         vocabulary="demonstrations",
     )
