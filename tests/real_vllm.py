@@ -28,10 +28,10 @@ def policy(tiny25):
     return made
 
 
-@pytest.fixture(scope="module")
-def engine(policy, tiny25, tmp_path_factory):
-    """An engine with a server of its own, the policy's adapter loaded."""
-    vllm = VllmConfig(max_model_len=512, arguments=("--enforce-eager",))
+@pytest.fixture(scope="module", params=["server", "inprocess"])
+def engine(request, policy, tiny25, tmp_path_factory):
+    """An engine with vLLM of its own, the policy's adapter loaded."""
+    vllm = VllmConfig(mode=request.param, max_model_len=512, arguments=("--enforce-eager",))
     rollout = RolloutConfig(turns_per_env=2, engine="vllm", vllm=vllm)
     config = settings(
         tiny25, model=ModelConfig(path=str(tiny25), attention="eager", **LORA), rollout=rollout
