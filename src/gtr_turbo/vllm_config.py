@@ -49,8 +49,8 @@ class VllmConfig:
             raise ConfigError(f"rollout.vllm.gpu_memory={self.gpu_memory} must be in (0, 1]")
         if self.mode == "inprocess" and (self.base_url or self.python):
             raise ConfigError(
-                "rollout.vllm.mode='inprocess' is vLLM in the trainer's own Python: leave rollout.vllm.base_url and "
-                "rollout.vllm.python at null, or set the mode to server"
+                "rollout.vllm.mode='inprocess' is vLLM in the trainer's own Python: leave rollout.vllm.base_url "
+                "and rollout.vllm.python at null, or set the mode to server"
             )
         if self.sleep and self.base_url is not None:
             raise ConfigError(

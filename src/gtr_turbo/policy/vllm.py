@@ -385,5 +385,6 @@ class VllmEngine:
             self._server.stop()
         elif self._adapter is not None and self._client is not None:
             self._client.unload_adapter(self._adapter)
+        self._client = None
         if self._adapter is not None:
             shutil.rmtree(self._folder / self._adapter, ignore_errors=True)

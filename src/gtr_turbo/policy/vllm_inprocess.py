@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
 import itertools
 import json
+import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
@@ -25,6 +29,10 @@ from gtr_turbo.config import ModelConfig
 from gtr_turbo.policy.vllm_http import EngineError, OutageError, UnknownAdapterError
 from gtr_turbo.policy.vllm_server import engine_arguments, last_words
 from gtr_turbo.vllm_config import VllmConfig
+
+WATCH = (  # the engine ends when the run does, a killed one included
+    "import os, sys\nsys.stdin.read()\nfor child in sys.argv[1:]: os.kill(int(child), 9)"
+)
 
 
 class Resident:
@@ -43,6 +51,7 @@ class Resident:
         self._words = engine_arguments(model, config, rank)
         self._config, self.log = config, folder / "engine.log"
         self._client: ResidentClient | None = None
+        self._watch: subprocess.Popen[bytes] | None = None
 
     @property
     def alive(self) -> bool:
@@ -65,15 +74,22 @@ class Resident:
             arguments = parser.parse_args([*self._words, "--disable-log-stats"])
         except SystemExit:  # it has told why
             raise ConfigError(
-                "vLLM refuses an argument (see above): an engine in the trainer takes those of rollout.vllm.arguments "
-                f"that are no server's; got {' '.join(self._config.arguments)!r}"
+                "vLLM refuses an argument (see above): with rollout.vllm.mode=inprocess it takes those of "
+                f"`vllm serve` that are not of the server itself; got {' '.join(self._config.arguments)!r}"
             ) from None
+        before = set(multiprocessing.active_children())
         try:
             engine = AsyncLLMEngine.from_engine_args(AsyncEngineArgs.from_cli_args(arguments))
         except Exception as error:  # of any kind: its imports, its checks, its child
             raise EngineError(
                 f"vLLM ended at its start: {_words(error)}; its log: {last_words(self.log)}"
             ) from error
+        children = set(multiprocessing.active_children()) - before
+        self._watch = subprocess.Popen(
+            [sys.executable, "-c", WATCH, *(str(child.pid) for child in children)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
         self._client = ResidentClient(engine, self._config.timeout_s)
         return self._client
 
@@ -99,6 +115,10 @@ class Resident:
 
     def stop(self) -> None:
         """End it, and its processes."""
+        if self._watch is not None:
+            self._watch.kill()
+            self._watch.communicate()
+            self._watch = None
         if self._client is not None:
             self._client.close()
             self._client = None
@@ -126,6 +146,8 @@ class ResidentClient:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        del self.engine
+        gc.collect()  # it holds itself, and would complain if it went only with the interpreter
 
     def healthy(self, timeout_s: float = 5.0) -> bool:
         """Whether the engine answers."""
@@ -187,8 +209,8 @@ class ResidentClient:
 
     async def _last(self, prompt: Mapping[str, Any], settings: Any, adapter: Any) -> Any:
         number, output = f"turn-{next(self._numbers)}", None
-        async for output in self.engine.generate(prompt, settings, number, lora_request=adapter):
-            pass
+        async for made in self.engine.generate(prompt, settings, number, lora_request=adapter):
+            output = made
         return output
 
     def _wait(self, work: Coroutine[Any, Any, Any], timeout_s: float | None = None) -> Any:
@@ -209,7 +231,7 @@ class ResidentClient:
 
 
 def answer(output: Any) -> dict[str, Any]:
-    """vLLM's `RequestOutput` in the form of an answer of /inference/v1/generate, as far as it is read."""
+    """A `RequestOutput` in the form of an answer of /inference/v1/generate, as far as it is read."""
     prompt = output.prompt_logprobs
     return {
         "prompt_token_ids": list(output.prompt_token_ids),

@@ -39,9 +39,9 @@ def engine_arguments(model: ModelConfig, config: VllmConfig, rank: int) -> list[
     """
     if config.python is None and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            "rollout.engine='vllm' needs an extra: pip install 'gtr-turbo[vllm]'. To keep vLLM's environment apart, "
-            "set rollout.vllm.mode to server and name that one's Python as rollout.vllm.python, or a server as "
-            "rollout.vllm.base_url"
+            "rollout.engine='vllm' needs an extra: pip install 'gtr-turbo[vllm]'. To keep the environments apart, "
+            "leave rollout.vllm.mode at server and name the Python of another one that has vLLM as "
+            "rollout.vllm.python, or a server as rollout.vllm.base_url"
         )
     if rank > RANKS[-1]:
         raise ConfigError(f"vLLM serves adapters up to rank {RANKS[-1]}, got {rank}")
