@@ -136,16 +136,19 @@ class ResidentClient:
         self.engine, self._timeout_s = engine, timeout_s
         self._adapters: dict[str, Any] = {}
         self._numbers = itertools.count(1)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop, self._done = self._runner.get_loop(), asyncio.Event()
+        self._thread = threading.Thread(
+            target=self._runner.run, args=[self._done.wait()], name="vllm", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
         """End the engine, then the loop."""
         self.engine.shutdown()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._done.set)
         self._thread.join()
-        self._loop.close()
+        self._runner.close()
         del self.engine
         gc.collect()  # it holds itself, and would complain if it went only with the interpreter
 
