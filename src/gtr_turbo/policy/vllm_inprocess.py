@@ -66,6 +66,18 @@ class Resident:
             EngineError: it could not be made; its last words are quoted.
         """
         self._prepare()
+        before = set(multiprocessing.active_children())
+        self._client = ResidentClient(self._make(), self._config.timeout_s)
+        children = set(multiprocessing.active_children()) - before
+        self._watch = subprocess.Popen(
+            [sys.executable, "-c", WATCH, *(str(child.pid) for child in children)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        return self._client
+
+    def _make(self) -> Any:
+        """The engine; never in a variable, as failed imports, which vLLM keeps, keep those of all callers."""
         from vllm import AsyncEngineArgs, AsyncLLMEngine
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -77,21 +89,12 @@ class Resident:
                 "vLLM refuses an argument (see above): with rollout.vllm.mode=inprocess it takes those of "
                 f"`vllm serve` that are not of the server itself; got {' '.join(self._config.arguments)!r}"
             ) from None
-        before = set(multiprocessing.active_children())
         try:
-            engine = AsyncLLMEngine.from_engine_args(AsyncEngineArgs.from_cli_args(arguments))
+            return AsyncLLMEngine.from_engine_args(AsyncEngineArgs.from_cli_args(arguments))
         except Exception as error:  # of any kind: its imports, its checks, its child
             raise EngineError(
                 f"vLLM ended at its start: {_words(error)}; its log: {last_words(self.log)}"
             ) from error
-        children = set(multiprocessing.active_children()) - before
-        self._watch = subprocess.Popen(
-            [sys.executable, "-c", WATCH, *(str(child.pid) for child in children)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
-        self._client = ResidentClient(engine, self._config.timeout_s)
-        return self._client
 
     def _prepare(self) -> None:
         """Set what vLLM reads from the environment, some of it when it is imported."""
