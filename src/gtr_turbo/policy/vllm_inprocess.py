@@ -112,7 +112,7 @@ class Resident:
         settings = self.log.with_name("logging.json")
         settings.write_text(json.dumps(logging))
         os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(settings)
-        os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(round(self._config.startup_s))
+        os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(max(1, round(self._config.startup_s)))
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # the trainer has threads, and CUDA
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
