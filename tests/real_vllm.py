@@ -1,9 +1,10 @@
 """The engine `vllm` with vLLM itself: `make test-vllm`, which gives it an environment of its own.
 
-One server for all tests, started as a run starts it; the others speak to it by its address.
+One server for all tests, started as a run starts it, then one engine in this process.
 """
 
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -28,10 +29,10 @@ def policy(tiny25):
     return made
 
 
-@pytest.fixture(scope="module")
-def engine(policy, tiny25, tmp_path_factory):
-    """An engine with a server of its own, the policy's adapter loaded."""
-    vllm = VllmConfig(max_model_len=512, arguments=("--enforce-eager",))
+@pytest.fixture(scope="module", params=["server", "inprocess"])
+def engine(request, policy, tiny25, tmp_path_factory):
+    """An engine with vLLM of its own, the policy's adapter loaded."""
+    vllm = VllmConfig(mode=request.param, max_model_len=512, arguments=("--enforce-eager",))
     rollout = RolloutConfig(turns_per_env=2, engine="vllm", vllm=vllm)
     config = settings(
         tiny25, model=ModelConfig(path=str(tiny25), attention="eager", **LORA), rollout=rollout
@@ -49,7 +50,7 @@ def write(engine, policy, count=6, sampling=SAMPLING, **options):
     return engine.generate(observations(policy, count), sampling, generator, **options)
 
 
-def test_log_probs_of_the_server_are_the_trainers(engine, policy):
+def test_log_probs_of_vllm_are_the_trainers(engine, policy):
     engine.metrics()
     replies = write(engine, policy)
     assert engine.metrics()["engine/logprob_gap"] < 1e-3
@@ -107,11 +108,12 @@ def test_a_changed_adapter_changes_the_replies_and_the_probe_sees_it(engine, pol
     assert before != after
     row = engine.metrics()
     assert row["engine/logprob_gap"] < 1e-3
+    assert len(list(engine._folder.glob("student-*"))) == 1  # the one before is gone
     assert row["engine/probe_change_wanted"] > 0.01
     assert row["engine/probe_change"] == pytest.approx(row["engine/probe_change_wanted"], rel=1e-2)
 
 
-def test_a_server_that_lost_the_adapter_gets_it_again(engine, policy):
+def test_vllm_that_lost_the_adapter_gets_it_again(engine, policy):
     engine._load()  # one that it has
     engine._client.unload_adapter(engine._adapter)
     assert len(write(engine, policy, 2)) == 2
@@ -119,6 +121,10 @@ def test_a_server_that_lost_the_adapter_gets_it_again(engine, policy):
 
 
 def test_train_runs_two_updates_with_the_engine(engine, tiny25, tmp_path):
+    """With the server that there is, or with an engine of the run's own."""
+    vllm = {"mode": "inprocess", "max_model_len": 512, "arguments": ["--enforce-eager"]}
+    if engine._config.mode == "server":
+        vllm = {"base_url": engine._client.url}
     config = tmp_path / "small.yaml"
     config.write_text(
         json.dumps(
@@ -128,7 +134,7 @@ def test_train_runs_two_updates_with_the_engine(engine, tiny25, tmp_path):
                 "env_steps": 16, "threads": 1, "trackers": [],
                 "model": {"path": str(tiny25), "attention": "eager", **LORA},
                 "sampling": {"max_new_tokens": 12, "top_k": 5, "repetition_penalty": 1.2},
-                "rollout": {"engine": "vllm", "turns_per_env": 2, "vllm": {"base_url": engine._client.url}},
+                "rollout": {"engine": "vllm", "turns_per_env": 2, "vllm": vllm},
                 "ppo": {"minibatch_turns": 8, "microbatch_turns": 4, "lr": 1e-2},
                 "eval": {"episodes": 2},
             }
@@ -141,3 +147,16 @@ def test_train_runs_two_updates_with_the_engine(engine, tiny25, tmp_path):
     assert all(row["engine/logprob_gap"] < 0.01 for row in rows)
     assert rows[1]["engine/probe_change"] > 0.01
     assert rows[1]["engine/restarts"] == 0
+
+
+def test_a_killed_engine_is_made_anew(engine, policy):
+    if engine._config.mode == "server":
+        pytest.skip("tests/policy/test_vllm.py kills servers")
+    (child,) = multiprocessing.active_children()
+    child.kill()
+    child.join()
+    assert len(write(engine, policy, 2)) == 2
+    row = engine.metrics()
+    assert row["engine/restarts"] == 1
+    assert row["engine/logprob_gap"] < 1e-3
+    assert multiprocessing.active_children() != [child]

@@ -26,6 +26,7 @@ LAYERS = (
     ("distributed",),
     ("sft_config",),
     ("config",),
+    ("vllm_config",),
     ("teaching_config",),
     ("checks",),
 )
@@ -90,7 +91,7 @@ def external(module):
 
 
 def test_config_is_standard_library_only():
-    parts = ("config", "teaching_config", "checks")
+    parts = ("config", "vllm_config", "teaching_config", "checks")
     for module in parts:
         assert external(module) <= set(sys.stdlib_module_names)
         assert ours(MODULES[module]) <= set(parts)

@@ -132,6 +132,20 @@ def test_the_published_run_by_hand(seven):
     assert seven.seconds["remember and merge"] == pytest.approx(adapted * 15.5 / 1e9)
 
 
+def test_vllm_takes_its_share_always_or_asleep_while_replies_are_written():
+    def plan(**vllm):
+        rollout = {"engine": "vllm", "vllm": {"gpu_memory": 0.4, **vllm}}
+        over = {"model": {"vision": "frozen"}, "rollout": rollout}
+        return make_plan(recipe("points24-qwen2.5-vl-7b", **over), gpus="1x80GB").memory
+
+    awake, asleep, elsewhere = plan(), plan(sleep=True), plan(base_url="http://h:1")
+    assert awake.always["vLLM"] == asleep.generation["vLLM"] == int(0.4 * 80e9)
+    assert awake.generation == {}
+    assert "vLLM" not in {**asleep.always, **elsewhere.always, **elsewhere.generation}
+    assert asleep.host["vLLM's weights, asleep"] == asleep.always["weights"]
+    assert asleep.microbatch > awake.microbatch
+
+
 def test_more_gpus_share_the_work_but_not_the_merge(seven):
     two = make_plan(recipe("points24-qwen2.5-vl-7b"), gpus="2x80GB")
     halved = ("write replies", "score again", "learn")

@@ -229,6 +229,8 @@ def collect(
         for i, (turn, _) in enumerate(steps[-1]):
             if turn.done:
                 envs.reset(i, turn.episode + 1)
+    if engine is not None:
+        engine.rest()
     # values of what lies beyond: the last observations, and those at which episodes were cut
     cut = {
         (t, i): after

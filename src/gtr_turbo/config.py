@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gtr_turbo.checks import ConfigError, fraction, not_negative, positive
-from gtr_turbo.teaching_config import GuidanceConfig, TeacherConfig, is_base_url
+from gtr_turbo.teaching_config import GuidanceConfig, TeacherConfig
+from gtr_turbo.vllm_config import VllmConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,49 +95,6 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VllmConfig:
-    """A vLLM server that writes the replies (docs/vllm.md)."""
-
-    _prefix = "rollout.vllm."
-
-    base_url: str | None = None
-    """Address of a server that runs, such as http://HOST:8000; null starts one for the run and stops it after."""
-    python: str | None = None
-    """Python of an environment that has vLLM, to start the server with; null is the trainer's own."""
-    arguments: tuple[str, ...] = ()
-    """Further arguments of the server that is started, such as `--enforce-eager`."""
-    gpu_memory: float = 0.4
-    """Share of the GPU's memory that the server takes; the trainer needs the rest."""
-    max_model_len: int = 4096
-    """Tokens of prompt and reply that the server has room for."""
-    concurrency: int = 64
-    """Requests in flight."""
-    startup_s: float = 900.0
-    """How long the server may take to start."""
-    timeout_s: float = 300.0
-    """Of one request, from connecting to the last byte."""
-    retries: int = 4
-    """New tries for a request that got no usable answer."""
-    backoff_s: float = 1.0
-    """Pause before the first of them; it doubles each time."""
-    restarts: int = 3
-    """How often a run starts its own server anew."""
-
-    def __post_init__(self) -> None:
-        positive(self, "max_model_len", "concurrency", "startup_s", "timeout_s", "backoff_s")
-        not_negative(self, "retries", "restarts")
-        if not 0 < self.gpu_memory <= 1:
-            raise ConfigError(f"rollout.vllm.gpu_memory={self.gpu_memory} must be in (0, 1]")
-        if self.base_url is not None and not (
-            is_base_url(self.base_url) and not self.base_url.rstrip("/").endswith("/v1")
-        ):
-            raise ConfigError(
-                "rollout.vllm.base_url must be http(s)://HOST[:PORT], without /v1, user, password, query or "
-                "fragment (a key is read from the environment variable VLLM_API_KEY)"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """Collecting turns."""
 
@@ -154,7 +112,7 @@ class RolloutConfig:
     max_logprob_gap: float = 0.5
     """The run stops if sampler and scoring differ by more than this (mean absolute nats per token)."""
     engine: Literal["hf", "vllm"] = "hf"
-    """What writes the agent's replies: our own decoding in the trainer, or a vLLM server."""
+    """What writes the agent's replies: our own decoding in the trainer, or vLLM."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
     """Of `engine: vllm`."""
 

@@ -169,6 +169,8 @@ def evaluate(
         if own:
             made = envs(env, split, seed, count=min(max(1, env.num_envs // ranks.world), len(own)))
             records, facts = _episodes(player, made, own, seed, told)
+    if engine is not None:
+        engine.rest()
     if ranks.world > 1:
         parts = ranks.gather([asdict(record) for record in records])
         records = [Episode(**record) for part in parts for record in part]

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vllm_fake import serving
+from vllm_fake import GenerateError, installed, serving
 
 from gtr_turbo.checkpoint import own_folder
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import ModelConfig, RolloutConfig, SamplingConfig, VllmConfig
 from gtr_turbo.policy.scoring import score
-from gtr_turbo.policy.vllm import Probe, VllmEngine, check_moved
+from gtr_turbo.policy.vllm import VllmEngine
 from gtr_turbo.policy.vllm_http import EngineError
+from gtr_turbo.policy.vllm_inprocess import WATCH
+from gtr_turbo.policy.vllm_probe import Probe, check_moved
 from gtr_turbo.policy.vllm_server import TETHER, command
 from gtr_turbo.trainer import train
 from tiny import Silent, inputs_of, make_policy, observations, perturb, settings
@@ -182,7 +185,7 @@ def test_a_request_has_a_deadline_however_the_bytes_come(fault, policy, behind, 
         engine = engine_for(policy, server.url, tmp_path, timeout_s=1.0)
         engine.refresh()
         write(engine, policy, 1)
-    assert engine.notes == ["vLLM server: no answer within 1 s; trying again"]
+    assert engine.notes == ["vLLM: no answer within 1 s; trying again"]
 
 
 def test_a_fault_that_stays_stops_the_run(policy, behind, tmp_path):
@@ -280,9 +283,7 @@ def test_a_server_that_takes_an_adapter_and_ignores_it_is_found_out(policy, behi
         write(engine, policy)
         server.deaf = True
         perturb(policy, scale=0.05, seed=1)
-        with pytest.raises(
-            EngineError, match=r"still writes with the old weights.*the server's by 0\b"
-        ):
+        with pytest.raises(EngineError, match=r"still writes with the old weights.*vLLM's by 0\b"):
             engine.refresh()
 
 
@@ -422,10 +423,171 @@ def test_the_command_serves_adapters_of_this_rank_in_this_type(tiny25):
         command(ModelConfig(path=str(tiny25), **LORA), config, 600, 1)
 
 
-def test_without_vllm_the_error_says_what_to_do(tiny25, monkeypatch):
+@pytest.mark.parametrize("mode", ["server", "inprocess"])
+def test_without_vllm_the_error_says_what_to_do(mode, policy, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"gtr-turbo\[vllm\].*rollout.vllm.python"):
-        command(ModelConfig(path=str(tiny25), **LORA), VllmConfig(), 4, 1)
+    with pytest.raises(
+        ConfigError, match=r"gtr-turbo\[vllm\].*mode at server.*rollout.vllm.python"
+    ):
+        engine_for(policy, None, tmp_path, mode=mode)
+
+
+def test_a_server_of_our_own_sleeps_between_collections(policy, tmp_path):
+    engine = own(policy, tmp_path, sleep=True)
+    state = tmp_path / "state.json"
+    engine.refresh()
+    write(engine, policy, 1)
+    engine.rest()
+    assert json.loads(state.read_text())["asleep"] is True
+    engine.refresh()
+    assert json.loads(state.read_text())["asleep"] is False
+    assert len(write(engine, policy, 1)) == 1
+    engine.close()
+    assert engine.notes == []
+
+
+# -- an engine in this process ---------------------------------------------------------------
+
+
+def inside(policy, folder, **options):
+    return engine_for(policy, None, folder, mode="inprocess", **options)
+
+
+def test_an_engine_in_process_answers_as_a_server_does(policy, behind, tmp_path, monkeypatch):
+    with serving(behind) as server:
+        elsewhere = engine_for(policy, server.url, tmp_path / "http")
+        elsewhere.refresh()
+        wanted = write(elsewhere, policy)
+    with installed(monkeypatch, behind) as vllm:
+        engine = inside(policy, tmp_path)
+        engine.refresh()
+        replies = write(engine, policy)
+        (made,) = vllm.engines
+        assert list(made.adapters) == [1]
+        perturb(policy, scale=0.05, seed=1)
+        engine.refresh()
+        write(engine, policy)
+        assert len(made.adapters) == 1
+        engine.close()
+    for one, two in zip(replies, wanted, strict=True):
+        assert one.response_ids.tolist() == two.response_ids.tolist()
+    row = engine.metrics()
+    assert row["engine/logprob_gap"] < 1e-4
+    assert row["engine/probe_change"] == pytest.approx(row["engine/probe_change_wanted"], rel=1e-2)
+    assert vllm.calls[-1] == "shutdown"
+    assert vllm.words[0][vllm.words[0].index("--max-lora-rank") + 1] == "8"
+    assert not any(thread.name == "vllm" for thread in threading.enumerate())
+
+
+def test_a_dead_engine_is_made_anew_and_the_turn_repeated(policy, behind, tmp_path, monkeypatch):
+    with installed(monkeypatch, behind, "ok", "dead", "dead") as vllm:
+        engine = inside(policy, tmp_path, restarts=2)
+        engine.refresh()
+        assert len(write(engine, policy)) == 2
+        assert engine.metrics()["engine/restarts"] == 2
+        assert vllm.calls.count("shutdown") == 2
+        assert len(vllm.engines) == 3
+        engine.close()
+
+
+def test_an_engine_that_dies_too_often_stops_the_run(policy, behind, tmp_path, monkeypatch):
+    with installed(monkeypatch, behind, "dead", "dead") as vllm:
+        engine = inside(policy, tmp_path, restarts=1)
+        engine.refresh()
+        with pytest.raises(
+            EngineError, match=r"died 2 times .rollout\.vllm\.restarts=1.*engine.log"
+        ):
+            write(engine, policy, 1)
+        assert len(vllm.engines) == 2
+        engine.close()
+
+
+def test_an_engine_that_forgot_the_adapter_gets_it_again(policy, behind, tmp_path, monkeypatch):
+    with installed(monkeypatch, behind) as vllm:
+        engine = inside(policy, tmp_path)
+        engine.refresh()
+        engine._client._adapters.clear()
+        assert len(write(engine, policy, 1)) == 1
+        assert vllm.calls.count("add_lora") == 2
+        engine.close()
+
+
+FAILURES = {
+    "hang": ("hang", "no answer within 2 s"),
+    "failed": (GenerateError("out of pages"), "out of pages"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_request_that_failed_is_repeated(case, policy, behind, tmp_path, monkeypatch):
+    fault, said = FAILURES[case]
+    with installed(monkeypatch, behind, fault) as vllm:
+        engine = inside(policy, tmp_path)
+        engine.refresh()
+        engine._client._timeout_s = 2.0
+        assert len(write(engine, policy, 1)) == 1
+        assert len(vllm.engines) == 1
+        engine.close()
+    (note,) = engine.notes
+    assert said in note
+
+
+def test_a_request_that_vllm_refuses_stops_the_run(policy, behind, tmp_path, monkeypatch):
+    with installed(monkeypatch, behind, ValueError("prompt too long")) as vllm:
+        engine = inside(policy, tmp_path)
+        engine.refresh()
+        with pytest.raises(EngineError, match=r"vLLM refuses: ValueError: prompt too long"):
+            write(engine, policy, 1)
+        assert vllm.calls.count("generate") == 1
+        engine.close()
+
+
+def test_an_engine_that_cannot_be_made_is_quoted(policy, behind, tmp_path, monkeypatch):
+    with installed(monkeypatch, behind, broken=ValueError("Sleep mode is not supported")):
+        engine = inside(policy, tmp_path, sleep=True)
+        with pytest.raises(EngineError, match=r"at its start: ValueError: Sleep mode .*engine.log"):
+            engine.refresh()
+        engine = inside(policy, tmp_path, arguments=("--port", "1"))
+        with pytest.raises(ConfigError, match=r"refuses an argument.*'--port 1'"):
+            engine.refresh()
+
+
+def test_an_engine_ends_with_the_process_that_made_it():
+    child = subprocess.Popen(["/bin/sleep", "60"])
+    watch = [sys.executable, "-c", WATCH, str(child.pid)]
+    keeper = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
+    assert child.poll() is None
+    keeper.stdin.close()  # as when the process that holds it is killed
+    assert child.wait(20) == -9
+    assert keeper.wait(20) == 0
+
+
+def test_in_a_run_the_engine_sleeps_whenever_no_replies_are_written(
+    tiny25, behind, tmp_path, monkeypatch
+):
+    config = config_of(tiny25, None, mode="inprocess", sleep=True)
+    config = settings(tiny25, env_steps=8, model=config.model, rollout=config.rollout)
+    view = Silent()
+    with installed(monkeypatch, behind) as vllm, own_folder(tmp_path):
+        train(config, tmp_path, view)  # a call while it sleeps would stop it
+        assert len(vllm.engines) == 1
+    told = [call for call in vllm.calls if call in ("sleep", "wake_up", "add_lora", "shutdown")]
+    assert told == ["add_lora", "sleep", "wake_up", "add_lora", "sleep", "shutdown"]
+    assert "--enable-sleep-mode" in vllm.words[0]
+    assert all(row["engine/logprob_gap"] < 1e-4 for row in view.rows)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mode": "inprocess", "base_url": "http://h:1"}, "mode='inprocess'.*base_url"),
+        ({"mode": "inprocess", "python": "other/python"}, "mode='inprocess'.*python"),
+        ({"sleep": True, "base_url": "http://h:1"}, "sleep=true.*base_url"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        VllmConfig(**given)
 
 
 # -- a run -----------------------------------------------------------------------------------

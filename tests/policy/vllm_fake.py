@@ -1,8 +1,9 @@
-"""A vLLM server in the form the engine speaks to: a real policy behind HTTP, and misbehaviour by script.
+"""vLLM in the form the engine speaks to: a real policy, behind HTTP or its modules, and misbehaviour by script.
 
 As a program (`python vllm_fake.py STATE ...`) it is a server process without a model that dies as STATE says.
 """
 
+import asyncio
 import base64
 import http.server
 import io
@@ -10,7 +11,9 @@ import json
 import os
 import sys
 import threading
+import types
 from contextlib import contextmanager, suppress
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 
@@ -168,14 +171,162 @@ def serving(policy, *script):
         thread.join()
 
 
+class DeadError(Exception):
+    """As vLLM's `EngineDeadError`."""
+
+
+class GenerateError(Exception):
+    """As vLLM's `EngineGenerateError`."""
+
+
+class FakeEngine:
+    """As vLLM's `AsyncLLM`, answering as a `Fake` does, by the script that all engines of a test share."""
+
+    def __init__(self, server, calls):
+        self.server, self.calls = server, calls
+        self.errored, self.asleep, self.adapters = False, False, {}
+
+    async def call(self, name):
+        self.calls.append(name)
+        if self.errored:
+            raise DeadError
+        if self.asleep and name != "wake_up":
+            raise ValueError(f"{name}, asleep")
+
+    async def list_loras(self):
+        await self.call("list_loras")
+
+    async def sleep(self, level):
+        assert level == 1
+        await self.call("sleep")
+        self.asleep = True
+
+    async def wake_up(self):
+        await self.call("wake_up")
+        self.asleep = False
+
+    async def add_lora(self, lora):
+        await self.call("add_lora")
+        assert lora.number not in self.adapters
+        self.adapters[lora.number] = read_adapter(lora.path)
+
+    async def remove_lora(self, number):
+        await self.call("remove_lora")
+        del self.adapters[number]
+
+    async def generate(self, prompt, settings, number, lora_request):
+        import numpy as np
+
+        from gtr_turbo.policy.vllm_http import picture
+
+        await self.call("generate")
+        fault = self.server.script.pop(0) if self.server.script else "ok"
+        if fault == "dead":
+            self.errored = True
+            raise DeadError
+        if fault == "hang":
+            await asyncio.sleep(60)
+        if isinstance(fault, Exception):
+            raise fault
+        self.server.loaded = {"it": self.adapters[lora_request.number]}
+        frame = np.asarray(prompt["multi_modal_data"]["image"])
+        body = {"model": "it", "token_ids": prompt["prompt_token_ids"],
+                "content_parts": [{"url": picture(frame)}], "sampling_params": settings}  # fmt: skip
+        yield output(self.server.answer("", body))
+
+    def shutdown(self):
+        self.calls.append("shutdown")
+        self.errored = True
+
+
+def output(answer):
+    """An answer over HTTP as vLLM's `RequestOutput`."""
+    space = types.SimpleNamespace
+    (choice,) = answer["choices"]
+    scored = answer["prompt_logprobs"] and [
+        row and {int(token): space(**found) for token, found in row.items()}
+        for row in answer["prompt_logprobs"]
+    ]
+    rows = [
+        {row["token_id"]: space(logprob=row["logprob"])} for row in choice["logprobs"]["content"]
+    ]
+    return space(
+        prompt_token_ids=answer["prompt_token_ids"],
+        prompt_logprobs=scored,
+        outputs=[space(token_ids=choice["token_ids"], finish_reason=choice["finish_reason"], logprobs=rows)],
+    )  # fmt: skip
+
+
+@contextmanager
+def installed(monkeypatch, policy, *script, broken=None):
+    """Modules in place of vLLM's; `engines` are those that were made of them, `calls` what they all were told."""
+    space, server = types.SimpleNamespace, Fake(policy, script)
+    made = space(engines=[], calls=[], words=[])
+
+    def make(words):
+        made.words.append(words)
+        if broken is not None:
+            raise broken
+        made.engines.append(FakeEngine(server, made.calls))
+        return made.engines[-1]
+
+    def parse(words):
+        if "--port" in words:
+            raise SystemExit(2)
+        return words
+
+    modules = {
+        "vllm": {
+            "AsyncEngineArgs": space(add_cli_args=lambda parser: parser, from_cli_args=lambda words: words),
+            "AsyncLLMEngine": space(from_engine_args=make),
+            "SamplingParams": space(from_optional=lambda output_kind, **settings: settings),
+        },
+        "vllm.utils": {},
+        "vllm.utils.argparse_utils": {"FlexibleArgumentParser": lambda: space(parse_args=parse)},
+        "vllm.lora": {},
+        "vllm.lora.request": {
+            "LoRARequest": lambda name, number, path: space(lora_int_id=number, number=number, path=path)
+        },
+        "vllm.sampling_params": {"RequestOutputKind": space(FINAL_ONLY=2)},
+        "vllm.v1": {},
+        "vllm.v1.engine": {},
+        "vllm.v1.engine.exceptions": {"EngineDeadError": DeadError, "EngineGenerateError": GenerateError},
+    }  # fmt: skip
+    for name, content in modules.items():
+        module = types.ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in (
+        "VLLM_LOGGING_CONFIG_PATH",
+        "VLLM_ENGINE_READY_TIMEOUT_S",
+        "VLLM_WORKER_MULTIPROC_METHOD",
+    ):
+        monkeypatch.setenv(name, "")  # put back after the test
+    try:
+        yield made
+    finally:
+        server.server_close()
+
+
 class Mortal(Handler):
     """Replies with one token; the process dies at a request for one as often as STATE counts."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        state = json.loads(STATE.read_text())
+        if self.path in ("/sleep?level=1", "/wake_up"):
+            if (
+                os.environ.get("VLLM_SERVER_DEV_MODE") != "1"
+                or "--enable-sleep-mode" not in sys.argv
+            ):
+                return self.send(404, b"")
+            STATE.write_text(json.dumps({**state, "asleep": self.path != "/wake_up"}))
+            return self.send(200, b"{}")
+        if state.get("asleep"):
+            return self.send(500, b"asleep")
         if self.path != "/inference/v1/generate":
             return self.send(200, b"Success")
-        state = json.loads(STATE.read_text())
         if state["deaths"]:
             STATE.write_text(json.dumps({**state, "deaths": state["deaths"] - 1}))
             os._exit(1)

@@ -127,8 +127,11 @@ def plan_memory(
         "features of images": _features(shadow, config, lengths, ranks),
     }
     served = config.rollout.engine == "vllm"
-    if served and config.rollout.vllm.base_url is None:
-        always["vLLM server"] = int(config.rollout.vllm.gpu_memory * size)
+    vllm = config.rollout.vllm
+    own = {"vLLM": int(vllm.gpu_memory * size)} if served and vllm.base_url is None else {}
+    sleeper = own if vllm.sleep else {}
+    if not sleeper:
+        always |= own
     most = config.ppo.minibatch_turns // ranks
     gradients = trained_bytes(shadow)
 
@@ -140,12 +143,13 @@ def plan_memory(
             always=always,
             update={"gradients": gradients, **update_bytes(shadow, lengths, turns)},
             step={"gradients": gradients, "working memory of Adam": trained_bytes(shadow)},
-            generation={}
+            generation=sleeper
             if served
             else generation_bytes(shadow, lengths, config.env.num_envs // ranks),
             host={
                 "the teacher": copies,
                 "the agent's own weights": copies if lora else 2 * copies,
+                **({"vLLM's weights, asleep": shadow.weights} if sleeper else {}),
             },
             history=4 * sum(p.numel() for p in shadow.trained) * config.num_updates
             if config.history == "factors"

@@ -14,7 +14,7 @@ class Engine(Protocol):
     """A generation engine beside the trainer, with a copy of the agent's weights that has to be kept fresh."""
 
     def refresh(self) -> None:
-        """Take up the agent's weights as they are now."""
+        """Take up the agent's weights as they are now; replies will be asked for."""
         ...
 
     def generate(
@@ -26,6 +26,10 @@ class Engine(Protocol):
         greedy: bool = False,
     ) -> list[Reply]:
         """Write one reply to each observation, with the trainer's own log-probs, values and hidden states."""
+        ...
+
+    def rest(self) -> None:
+        """No replies will be asked for until the next `refresh`."""
         ...
 
     def metrics(self) -> dict[str, float]:

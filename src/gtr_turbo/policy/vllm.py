@@ -1,8 +1,8 @@
-"""Replies from a vLLM server: adapters out, replies back, and distrust in between.
+"""Replies from vLLM, a server or an engine in this process: adapters out, replies back, and distrust in between.
 
 Every reply is scored by the trainer, which gives what PPO needs (log-probs of the policy, value, hidden state) and
-is compared with the log-probs of the server. These are the model's own, at temperature 1 and with nothing banned:
-the one kind that every server returns, whatever its sampler does.
+is compared with the log-probs of vLLM. These are the model's own, at temperature 1 and with nothing banned:
+the one kind that every vLLM returns, whatever its sampler does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,46 +33,19 @@ from gtr_turbo.policy.vllm_http import (
     read_reply,
     read_scores,
 )
-from gtr_turbo.policy.vllm_server import Server
+from gtr_turbo.policy.vllm_inprocess import Resident, ResidentClient
+from gtr_turbo.policy.vllm_probe import Probe, check_moved
+from gtr_turbo.policy.vllm_server import Server, last_words
 from gtr_turbo.turns.batch import make_inputs
 from gtr_turbo.turns.turn import Observed, Reply
 
 BAN = -100.0
 """The strongest bias vLLM takes."""
-NOISE = 4.0
-"""A change of the probe counts once it is so many times the gap that was there before it."""
-LEAST_CHANGE = 1e-5  # nats per token
 SCORED = 16  # replies in a scoring pass, where `ppo.microbatch_turns` is auto
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """A reply that both sides score after every change of the weights: did the server's change too?"""
-
-    observed: Observed
-    ids: Tensor
-    """(R,) int64."""
-    ours: Tensor
-    """(R,) the trainer's log-probs when the two were last seen to agree."""
-    theirs: Tensor
-    """(R,) the server's, then."""
-
-
-def check_moved(probe: Probe, ours: Tensor, theirs: Tensor) -> bool | None:
-    """Whether the server's weights changed as the trainer's did, by the log-probs of one reply, (R,) each.
-
-    Returns:
-        None if the trainer's change since then is too small to be told from the gap.
-    """
-    change = float((ours - probe.ours).abs().mean())
-    gap = float((probe.theirs - probe.ours).abs().mean())
-    if change <= NOISE * gap + LEAST_CHANGE:
-        return None
-    return bool((theirs - ours).abs().mean() < (theirs - probe.ours).abs().mean())
-
-
 class VllmEngine:
-    """The agent's adapter on a vLLM server, one that is owned or one that was there."""
+    """The agent's adapter on vLLM: a server that is owned or was there, or an engine in this process."""
 
     def __init__(
         self, policy: Policy, config: TrainConfig, folder: Path, note: Callable[[str], None]
@@ -89,15 +61,16 @@ class VllmEngine:
         self._rows = SCORED if given == "auto" else given
         self._bias = {str(token): BAN for token in policy.processor.banned_token_ids}
         rank = policy.model.peft_config["default"].r
-        self._server: Server | None = None
-        self._client: Client | None = None
+        self._server: Server | Resident | None = None
+        self._client: Client | ResidentClient | None = None
         if self._config.base_url is None:
-            log = self._folder / "server.log"
-            self._server = Server(config.model, self._config, rank, log)
+            kind = Server if self._config.mode == "server" else Resident
+            self._server = kind(config.model, self._config, rank, self._folder)
         else:
             self._client = Client(self._config.base_url, self._config.timeout_s)
         self._adapter: str | None = None
         self._probe: Probe | None = None
+        self._asleep = False
         self.restarts = 0
         self._gap_sum = self._gap_tokens = 0.0
         self._stats: dict[str, float] = {}
@@ -105,11 +78,13 @@ class VllmEngine:
     # -- weights -------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Let the server take up the agent's adapter, and check that it did.
+        """Let vLLM take up the agent's adapter, and check that it did.
 
         Raises:
-            EngineError: the server is gone for good, refuses the adapter, or goes on with the old one.
+            EngineError: vLLM is gone for good, refuses the adapter, or goes on with the old one.
         """
+        if self._asleep:
+            self._turn(to_sleep=False)
         name = self._name()
         if name == self._adapter:
             return
@@ -125,6 +100,24 @@ class VllmEngine:
             self._client.unload_adapter(old)
             shutil.rmtree(self._folder / old)
         self._stats["engine/sync_seconds"] = time.monotonic() - began
+
+    def rest(self) -> None:
+        """Let vLLM sleep until the next `refresh`, with `rollout.vllm.sleep`. Raises as `refresh`."""
+        if self._config.sleep and not self._asleep:
+            self._turn(to_sleep=True)
+
+    def _turn(self, *, to_sleep: bool) -> None:
+        def turn() -> None:
+            assert self._client is not None
+            if to_sleep:
+                self._client.sleep()
+            else:
+                self._client.wake_up()
+
+        if self._policy.device.type == "cuda":
+            torch.cuda.empty_cache()  # what torch keeps at hand is missing to vLLM
+        self._insist([turn])
+        self._asleep = to_sleep
 
     def _name(self) -> str:
         """A name for the adapter's content: no other is ever loaded under it, so no cache can mix them up."""
@@ -152,7 +145,7 @@ class VllmEngine:
         """Score the probe on both sides.
 
         Raises:
-            EngineError: the server goes on with the old weights.
+            EngineError: vLLM goes on with the old weights.
         """
         reply = probe.ids.tolist()
         body = self._body(
@@ -168,9 +161,9 @@ class VllmEngine:
             return  # measured against the same log-probs next time, until the change has added up
         if not moved:
             raise EngineError(
-                f"the server took the adapter {self._adapter} but still writes with the old weights: on a fixed "
+                f"vLLM took the adapter {self._adapter} but still writes with the old weights: on a fixed "
                 f"reply the trainer's log-probs changed by {self._stats['engine/probe_change_wanted']:.3g} nats "
-                f"per token, the server's by {self._stats['engine/probe_change']:.3g}. Look at its log for adapter "
+                f"per token, vLLM's by {self._stats['engine/probe_change']:.3g}. Look at its log for adapter "
                 "layers that it ignores"
             )
         self._probe = Probe(probe.observed, probe.ids, ours, theirs)
@@ -194,7 +187,7 @@ class VllmEngine:
             greedy: take the likeliest token instead of sampling.
 
         Raises:
-            EngineError: the server is gone for good, its prompts are not the trainer's, or its log-probs differ
+            EngineError: vLLM is gone for good, its prompts are not the trainer's, or its log-probs differ
                 from the trainer's by more than `rollout.max_logprob_gap`.
         """
         seeds = torch.randint(2**31, (len(observed),), generator=generator).tolist()
@@ -220,7 +213,7 @@ class VllmEngine:
         return replies
 
     def _body(self, seen: Observed, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """A request; every setting of the sampler is given, so that none comes from the server."""
+        """A request; every setting of the sampler is given, so that none is left to vLLM."""
         processor = self._policy.processor
         return {
             "token_ids": folded(seen.prompt_ids.tolist(), processor.image_token_id),
@@ -258,13 +251,13 @@ class VllmEngine:
             raise OutageError("its reply does not end where it must")
         if ended == "length" and len(ids) < limit:
             raise EngineError(
-                f"the server cut a reply after {len(ids)} of {limit} tokens: its context is full; raise "
+                f"vLLM cut a reply after {len(ids)} of {limit} tokens: its context is full; raise "
                 f"rollout.vllm.max_model_len (now {self._config.max_model_len}), or --max-model-len of a server "
                 "elsewhere"
             )
         if max(ids) >= len(self._policy.banned) or self._policy.banned[ids].any():
             raise EngineError(
-                "the server sampled a placeholder of a picture, or a token that is none; serve the model that is "
+                "vLLM sampled a placeholder of a picture, or a token that is none; serve the model that is "
                 "trained, with a vLLM that heeds logit_bias"
             )
 
@@ -313,7 +306,7 @@ class VllmEngine:
         gap = float(gaps.mean())
         if not gap <= self._bound:
             raise EngineError(
-                f"the server's log-probs differ from the trainer's by {gap:.3g} nats per token (bound "
+                f"vLLM's log-probs differ from the trainer's by {gap:.3g} nats per token (bound "
                 f"rollout.max_logprob_gap={self._bound}): it writes with other weights than those that are "
                 "trained. Serve the model that is trained, in the type model.dtype"
             )
@@ -329,7 +322,7 @@ class VllmEngine:
     # -- outages -------------------------------------------------------------------------------
 
     def _insist(self, tasks: list[Callable[[], Any]]) -> list[Any]:
-        """Results of requests, in order; those that fail for a while are repeated, with the server mended.
+        """Results of requests, in order; those that fail for a while are repeated, with vLLM mended.
 
         Raises:
             EngineError: it stays so, or one is refused.
@@ -350,22 +343,23 @@ class VllmEngine:
                 return [found[i] for i in range(len(tasks))]
             if attempt < self._config.retries:
                 self._mend(outages, attempt)
-        where = self._config.base_url or f"the run's own vLLM server ({self._folder}/server.log)"
+        own = f"the run's own vLLM ({self._server.log})" if self._server is not None else None
+        where = own or self._config.base_url
         raise EngineError(
             f"no usable answer from {where} after {self._config.retries + 1} tries: {outages[-1]}. Then go on with "
             "--resume (without it, if there is no checkpoint yet)"
         )
 
     def _mend(self, outages: list[OutageError], attempt: int) -> None:
-        """Do what can be done before the next try: start a dead or silent server anew, load the adapter, wait."""
-        self._note(f"vLLM server: {outages[-1]}; trying again")
+        """Do what can be done before the next try: start a dead or silent vLLM anew, load the adapter, wait."""
+        self._note(f"vLLM: {outages[-1]}; trying again")
         assert self._client is not None
         time.sleep(self._config.backoff_s * 2**attempt)
         if self._server is not None and not (self._server.alive and self._client.healthy()):
             if self.restarts == self._config.restarts:
                 raise EngineError(
-                    f"the vLLM server died {self.restarts + 1} times (rollout.vllm.restarts="
-                    f"{self._config.restarts}): {self._server.last_words()}"
+                    f"vLLM died {self.restarts + 1} times (rollout.vllm.restarts={self._config.restarts}): "
+                    f"{last_words(self._server.log)}"
                 )
             self.restarts += 1
             self._server.stop()
@@ -383,13 +377,14 @@ class VllmEngine:
         try:
             self._load()
         except OutageError as outage:
-            self._note(f"vLLM server: {outage}; trying again")
+            self._note(f"vLLM: {outage}; trying again")
 
     def close(self) -> None:
-        """Stop the server, if it is ours, and remove the adapter that only it read."""
+        """Stop vLLM, if it is ours, and remove the adapter that only it read."""
         if self._server is not None:
             self._server.stop()
         elif self._adapter is not None and self._client is not None:
             self._client.unload_adapter(self._adapter)
+        self._client = None
         if self._adapter is not None:
             shutil.rmtree(self._folder / self._adapter, ignore_errors=True)

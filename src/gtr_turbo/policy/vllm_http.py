@@ -77,6 +77,19 @@ class Client:
         ):  # it is only in the way: the server drops it by age too
             self._post("/v1/unload_lora_adapter", {"lora_name": name})
 
+    def sleep(self) -> None:
+        """Free the GPU's memory, the model waiting in the host's (level 1).
+
+        Raises:
+            OutageError: it did not answer, or failed.
+            EngineError: it refuses.
+        """
+        self._post("/sleep?level=1", {})
+
+    def wake_up(self) -> None:
+        """Take the memory again. Raises as `sleep`."""
+        self._post("/wake_up", {})
+
     def generate(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """Send one request for a reply.
 
@@ -189,7 +202,7 @@ def check_prompt(answer: Mapping[str, Any], expected: Sequence[int]) -> None:
     shared = min(len(made), len(expected))
     place = next((i for i in range(shared) if made[i] != expected[i]), shared)
     raise EngineError(
-        f"the server made a prompt of {len(made)} tokens, the trainer one of {len(expected)}; they part at token "
+        f"vLLM made a prompt of {len(made)} tokens, the trainer one of {len(expected)}; they part at token "
         f"{place}. Serve the same model with the same image processor (its preprocessor_config.json decides how "
         "many tokens a picture gets)"
     )

@@ -1,4 +1,4 @@
-"""A vLLM server that a run starts for itself, and stops."""
+"""A vLLM server that a run starts for itself, and stops; what it shares with an engine in the trainer's process."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from gtr_turbo.checks import ConfigError
-from gtr_turbo.config import ModelConfig, VllmConfig
+from gtr_turbo.config import ModelConfig
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.vllm_http import Client, EngineError
+from gtr_turbo.vllm_config import VllmConfig
 
 BASE = "base"
 """The name under which the model without adapters is served."""
@@ -30,45 +31,73 @@ TETHER = (  # the server ends when the run does, a killed one included
 )
 
 
-def command(model: ModelConfig, config: VllmConfig, rank: int, port: int) -> list[str]:
-    """What starts the server.
+def engine_arguments(model: ModelConfig, config: VllmConfig, rank: int) -> list[str]:
+    """What vLLM is started with, as a server or in the trainer's process.
 
     Raises:
         ConfigError: vLLM is not installed, or takes no adapter of this rank.
     """
     if config.python is None and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            "rollout.engine='vllm' needs an extra: pip install 'gtr-turbo[vllm]', or name the Python of another "
-            "environment that has it as rollout.vllm.python, or a server as rollout.vllm.base_url"
+            "rollout.engine='vllm' needs an extra: pip install 'gtr-turbo[vllm]'. To keep the environments apart, "
+            "leave rollout.vllm.mode at server and name the Python of another one that has vLLM as "
+            "rollout.vllm.python, or a server as rollout.vllm.base_url"
         )
     if rank > RANKS[-1]:
         raise ConfigError(f"vLLM serves adapters up to rank {RANKS[-1]}, got {rank}")
-    python = config.python or sys.executable
     return [
-        python, "-m", "vllm.entrypoints.openai.api_server",
         "--model", starter.model_folder(model.path), "--served-model-name", BASE,
-        "--host", "127.0.0.1", "--port", str(port),
         "--dtype", model.dtype, "--max-model-len", str(config.max_model_len),
         "--gpu-memory-utilization", str(config.gpu_memory),
         "--limit-mm-per-prompt", '{"image": 1, "video": 0}',
-        "--enable-scale-out", "--generation-config", "vllm",
+        "--generation-config", "vllm",
         # two adapters: while one is replaced both are there
         "--enable-lora", "--max-loras", "2", "--max-lora-rank", str(min(r for r in RANKS if r >= rank)),
+        *(["--enable-sleep-mode"] if config.sleep else []),
         *config.arguments,
     ]  # fmt: skip
 
 
-class Server:
-    """The process, on a free port of this machine."""
+def command(model: ModelConfig, config: VllmConfig, rank: int, port: int) -> list[str]:
+    """What starts the server.
 
-    def __init__(self, model: ModelConfig, config: VllmConfig, rank: int, log: Path) -> None:
+    Raises:
+        ConfigError: as `engine_arguments`.
+    """
+    return [
+        config.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        "--host", "127.0.0.1", "--port", str(port), "--enable-scale-out",
+        *engine_arguments(model, config, rank),
+    ]  # fmt: skip
+
+
+def last_words(log: Path) -> str:
+    """The end of a log, and where the rest is."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    said = [line for line in lines[-200:] if "Error" in line] or lines
+    text = "".join(filter(str.isprintable, said[-1])) if said else "(it said nothing)"
+    return f"{text[-300:]} ({log})"
+
+
+class Server:
+    """The process, on a free port of this machine.
+
+    Attributes:
+        log: what it says.
+    """
+
+    def __init__(self, model: ModelConfig, config: VllmConfig, rank: int, folder: Path) -> None:
         """Nothing is started yet.
 
         Raises:
             ConfigError: vLLM is not installed, or takes no adapter of this rank.
         """
         command(model, config, rank, 0)
-        self._model, self._config, self._rank, self._log = model, config, rank, log
+        self._model, self._config, self._rank = model, config, rank
+        self.log = folder / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -88,9 +117,10 @@ class Server:
             "VLLM_NO_USAGE_STATS": "1",
             **os.environ,
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            **({"VLLM_SERVER_DEV_MODE": "1"} if self._config.sleep else {}),  # has /sleep
         }
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._log, "ab") as log:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", TETHER, *words],
                 stdin=subprocess.DEVNULL,
@@ -104,27 +134,17 @@ class Server:
         try:
             while not client.healthy():
                 if not self.alive:
-                    raise EngineError(f"the vLLM server ended at its start: {self.last_words()}")
+                    raise EngineError(f"vLLM ended at its start: {last_words(self.log)}")
                 if time.monotonic() > deadline:
                     raise EngineError(
-                        "the vLLM server was not ready within rollout.vllm.startup_s="
-                        f"{self._config.startup_s:g} s: {self.last_words()}"
+                        f"vLLM was not ready within rollout.vllm.startup_s={self._config.startup_s:g} s: "
+                        f"{last_words(self.log)}"
                     )
                 time.sleep(0.2)
         except BaseException:  # interrupted ones too: no server is left behind
             self.stop()
             raise
         return client
-
-    def last_words(self) -> str:
-        """The end of its log, and where the rest is."""
-        try:
-            lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            lines = []
-        said = [line for line in lines[-200:] if "Error" in line] or lines
-        text = "".join(filter(str.isprintable, said[-1])) if said else "(it said nothing)"
-        return f"{text[-300:]} ({self._log})"
 
     def stop(self) -> None:
         """End it, and the processes it started."""

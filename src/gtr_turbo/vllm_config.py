@@ -1,0 +1,66 @@
+"""Settings of the vLLM engine; a group of `config.RolloutConfig`. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gtr_turbo.checks import ConfigError, not_negative, positive
+from gtr_turbo.teaching_config import is_base_url
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmConfig:
+    """vLLM, where it writes the replies (docs/vllm.md)."""
+
+    _prefix = "rollout.vllm."
+
+    mode: Literal["server", "inprocess"] = "server"
+    """A server spoken to over HTTP, or an engine that the trainer itself holds."""
+    base_url: str | None = None
+    """Address of a server that runs, such as http://HOST:8000; null starts one for the run and stops it after."""
+    python: str | None = None
+    """Python of an environment that has vLLM, to start the server with; null is the trainer's own."""
+    arguments: tuple[str, ...] = ()
+    """Further arguments of the server or engine that is started, such as `--enforce-eager`."""
+    gpu_memory: float = 0.4
+    """Share of the GPU's memory that vLLM takes; the trainer needs the rest."""
+    sleep: bool = False
+    """Let vLLM, if it is the run's own, free that memory whenever no replies are written (GPU only)."""
+    max_model_len: int = 4096
+    """Tokens of prompt and reply that vLLM has room for."""
+    concurrency: int = 64
+    """Requests in flight."""
+    startup_s: float = 900.0
+    """How long vLLM may take to start."""
+    timeout_s: float = 300.0
+    """Of one request, from connecting to the last byte."""
+    retries: int = 4
+    """New tries for a request that got no usable answer."""
+    backoff_s: float = 1.0
+    """Pause before the first of them; it doubles each time."""
+    restarts: int = 3
+    """How often a run starts its own server or engine anew."""
+
+    def __post_init__(self) -> None:
+        positive(self, "max_model_len", "concurrency", "startup_s", "timeout_s", "backoff_s")
+        not_negative(self, "retries", "restarts")
+        if not 0 < self.gpu_memory <= 1:
+            raise ConfigError(f"rollout.vllm.gpu_memory={self.gpu_memory} must be in (0, 1]")
+        if self.mode == "inprocess" and (self.base_url or self.python):
+            raise ConfigError(
+                "rollout.vllm.mode='inprocess' is vLLM in the trainer's own Python: leave rollout.vllm.base_url "
+                "and rollout.vllm.python at null, or set the mode to server"
+            )
+        if self.sleep and self.base_url is not None:
+            raise ConfigError(
+                "rollout.vllm.sleep=true is for vLLM on the trainer's GPU: leave rollout.vllm.base_url at null, or "
+                "set sleep to false"
+            )
+        if self.base_url is not None and not (
+            is_base_url(self.base_url) and not self.base_url.rstrip("/").endswith("/v1")
+        ):
+            raise ConfigError(
+                "rollout.vllm.base_url must be http(s)://HOST[:PORT], without /v1, user, password, query or "
+                "fragment (a key is read from the environment variable VLLM_API_KEY)"
+            )
