@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -158,9 +159,11 @@ def rows_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_rank_that_fails_is_told_once_and_a_restarted_job_goes_on(tiny, tmp_path):
-    """Sharded, by the command; then one process goes on with whole weights."""
-    run, file = tmp_path / "run", tmp_path / "config.yaml"
+@pytest.fixture(scope="module")
+def restarted(tiny, tmp_path_factory):
+    """(run, settings file, what was told) of two sharded ranks of which one fails once, by the command."""
+    folder = tmp_path_factory.mktemp("restarted")
+    run, file = folder / "run", folder / "config.yaml"
     file.write_text(dump_config(settings(tiny, env_steps=8)))
     job = torchrun(
         "--standalone", "--nproc-per-node", 2, "--max-restarts", 1, "--", HERE / "failing.py",
@@ -168,8 +171,57 @@ def test_a_rank_that_fails_is_told_once_and_a_restarted_job_goes_on(tiny, tmp_pa
     )  # fmt: skip
     told = end(job)
     assert job.returncode == 0, told
+    return run, file, told
+
+
+def test_two_machines_end_with_the_checkpoint_of_one(restarted, tmp_path):
+    """Two torchruns that meet at a port, a rank each; the other run had both ranks under one, and a restart."""
+    one, file, _ = restarted
+    port, two = free_port(), tmp_path / "two"
+    nodes = [
+        torchrun(
+            "--nnodes", 2, "--node-rank", node, "--nproc-per-node", 1,
+            "--master-addr", "127.0.0.1", "--master-port", port, "-m", "--", "gtr_turbo",
+            "train", "--config", file, "--run", two, "--distributed.shard", "true",
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    told = [end(node) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(told)
+    ours, theirs = (run / "checkpoints" / "000002" for run in (two, one))
+    files = sorted(file.name for file in theirs.glob("*.safetensors"))
+    assert {"trained.safetensors", "optimizer.safetensors", "history.safetensors"} < set(files)
+    for name in files:
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    states = [checkpoint.read_state(folder) for folder in (ours, theirs)]
+    assert states[0]["envs"] == states[1]["envs"]
+    assert [row["update"] for row in rows_of(two)] == [1, 2]
+    assert rows_of(two)[-1]["ppo/grad_norm"] > 0
+
+
+def test_torchrun_names_a_port_that_is_taken(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        job = torchrun(
+            "--nnodes", 2, "--node-rank", 0, "--nproc-per-node", 1, "--master-addr", "127.0.0.1",
+            "--master-port", port, "-m", "--", "gtr_turbo", "train", "--run", tmp_path / "run",
+        )  # fmt: skip
+        told = end(job)
+    assert job.returncode != 0
+    assert f"port: {port}" in told.splitlines()[-1]
+    assert "address already in use" in told.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_fails_is_told_once_and_a_restarted_job_goes_on(restarted, tiny, tmp_path):
+    """Sharded, by the command; then one process goes on with whole weights."""
+    made, _, told = restarted
     assert told.count("gtr-turbo: ") == 1, told
     assert "gtr-turbo: the roof of rank 1 leaks" in told
+    run = tmp_path / "run"
+    shutil.copytree(made, run)
     assert [row["update"] for row in rows_of(run)] == [1, 2]
     assert (run / "summary.json").exists()
     state = checkpoint.read_state(checkpoint.folders(run)[-1])
