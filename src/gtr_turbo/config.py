@@ -363,10 +363,10 @@ class TrainConfig:
                 f"env.num_envs={self.env.num_envs} is the number over all ranks, so the {world} ranks must "
                 "divide it"
             )
-        if world > 1 and self.guidance.kind in ("sft", "external"):
+        if world > 1 and self.guidance.kind == "external":
             raise ConfigError(
-                f"guidance.kind={self.guidance.kind!r} trains in one process only: its collection of thoughts "
-                "is not shared among ranks; start without torchrun, or take guidance.kind kl"
+                "guidance.kind='external' trains in one process only: ranks would each keep a ledger and spend "
+                "a budget of their own; start without torchrun, or take guidance.kind kl or sft"
             )
         if world > 1 and self.rollout.engine == "vllm":
             raise ConfigError(

@@ -72,7 +72,8 @@ class Learner:
             if config.history == "factors"
             else History(config.teacher)
         )
-        self._memory = Memory(run / "imitation", config.guidance.imitation.limit)
+        limit = config.guidance.imitation.limit
+        self._memory = Memory(run / "imitation", limit, ranks, self._own_envs)
         self._corrector = _corrector(config, run, self._envs, note)
         with self.policy.whole():
             start = dict(self.policy.model.named_parameters())
@@ -220,7 +221,8 @@ def _imitate(
 ) -> tuple[dict[str, float], Imitation | None]:
     """Guidance by imitation: collect the teacher's thoughts; (metrics, what joins the update's steps)."""
     guidance, own = config.guidance, config.guidance.imitation
-    generator = torch.Generator().manual_seed(stream(config.seed, TEACHING, iteration))
+    draws = stream(config.seed, TEACHING, iteration, *memory.ranks.own_stream)
+    generator = torch.Generator().manual_seed(draws)
     if corrector is not None:
         told = correct(
             corrector,
@@ -249,8 +251,9 @@ def _imitate(
     if not memory.targets or not weight:
         return told, None
 
-    def losses(draws: torch.Generator, turns: int) -> Iterator[tuple[Tensor, float]]:
-        for loss, number in imitation_loss(policy, memory, own.samples, draws, microbatch=turns):
+    def losses(draws: torch.Generator, size: int) -> Iterator[tuple[Tensor, float]]:
+        parts = imitation_loss(policy, memory, own.samples, draws, microbatch=size, idle=turns[0])
+        for loss, number in parts:
             yield weight * loss, number
 
     return told, losses

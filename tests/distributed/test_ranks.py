@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from job import sft_settings
 
 from gtr_turbo import checkpoint, trainer
 from gtr_turbo.checkpoint import own_folder
@@ -18,11 +19,12 @@ from gtr_turbo.config import DistributedConfig, EnvConfig, ModelConfig, RolloutC
 from gtr_turbo.distributed import launch as launching
 from gtr_turbo.distributed.launch import Launch, launch
 from gtr_turbo.settings import dump_config
+from gtr_turbo.teacher.imitation import Memory
 from gtr_turbo.teaching_config import GuidanceConfig
 from tiny import Silent, scripted, settings
 
 HERE = Path(__file__).parent
-FORMS = ["full/ddp", "full/fsdp", "lora/ddp", "lora/fsdp"]
+FORMS = ["full/ddp", "full/fsdp", "lora/ddp", "lora/fsdp", "sft/ddp", "sft/fsdp"]
 
 
 def environment(**more):
@@ -59,8 +61,9 @@ def found(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
     run = out / "run"
     with pytest.MonkeyPatch.context() as patch, own_folder(run):
-        patch.setattr("gtr_turbo.collect.generate", scripted)
-        trainer.train(settings(tiny, env_steps=4), run, Silent())
+        for module in ("collect", "teacher.imitation"):
+            patch.setattr(f"gtr_turbo.{module}.generate", scripted)
+        trainer.train(sft_settings(tiny, env_steps=4), run, Silent())
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     job = (HERE / "job.py", tiny, run, out)
     both = [start(*job, RANK=str(rank), **place) for rank in range(2)]
@@ -77,7 +80,7 @@ def test_the_same_turns_give_the_same_update_on_one_and_two_ranks(found, form):
     assert case["credit"] <= 1e-6
 
 
-@pytest.mark.parametrize("form", ["full", "lora"])
+@pytest.mark.parametrize("form", ["full", "lora", "sft"])
 def test_sharded_weights_and_whole_ones_learn_the_same(found, form):
     ddp, fsdp = (found["update"][f"{form}/{kind}"]["stats"] for kind in ("ddp", "fsdp"))
     assert fsdp == pytest.approx(ddp, rel=1e-4, abs=1e-6)
@@ -87,15 +90,37 @@ def test_sharded_weights_and_whole_ones_learn_the_same(found, form):
 def test_the_numbers_of_an_update_are_those_of_one_process(found, form):
     ours, single = found["update"][form]["stats"], found["update"][form]["reference"]
     assert {"ppo/approx_kl", "ppo/first_log_ratio", "thought/entropy"} < set(single)
+    assert ("imitation/loss" in single) == form.startswith("sft")
     assert ours == pytest.approx(single, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("form", ["full/ddp", "lora/ddp"])
+@pytest.mark.parametrize("form", ["full/ddp", "lora/ddp", "sft/ddp"])
 def test_what_is_sent_is_the_gradients_and_little_more(found, form):
     """8 turns, 4 a step, 2 epochs: 4 steps of everything, 2 more of the critic; float32."""
     case = found["update"][form]
     plan = 4 * (4 * (case["trained"] + case["critic"]) + 2 * case["critic"])
     assert plan <= case["sent"] <= plan + 40_000
+
+
+def test_collected_thoughts_are_stored_as_by_one_process_and_shared_by_environment(found):
+    """Of 8 turns in 2 updates: environment 0 has a thought for each of its 4, environment 1 for one."""
+    case = found["collections"]
+    alone, both = case["files"]
+    assert {"000001.jsonl", "000002.jsonl"} < set(alone)
+    assert both == alone
+    assert case["ranks"] == [0, 0, 1, 0, 0] * 2
+    assert case["frames"] == [sorted(set(names)) for names in case["names"]]
+    assert len(case["frames"][1]) == 1
+
+
+def test_the_collection_goes_from_one_process_to_two_and_back(found):
+    assert [row["imitation/collected"] for row in rows_of(found["run"])] == [4, 8]
+    assert [row["imitation/asked"] for row in rows_of(found["run"])] == [4, 4]
+    state = checkpoint.read_state(checkpoint.folders(found["run"])[-1])
+    memory = Memory(found["run"] / "imitation", 0)
+    memory.restore(state["update"])
+    assert len(memory) == 8
+    assert {target.frame for target in memory.targets} == set(memory._frames)
 
 
 def test_gradients_that_not_all_ranks_have(found):
@@ -294,9 +319,9 @@ def test_restarts_need_a_run_folder(among, capsys):
             "rollout.engine='vllm' trains in one process only",
         ),
         (
-            {"guidance": GuidanceConfig(kind="sft")},
+            {"guidance": GuidanceConfig(kind="external")},
             2,
-            "guidance.kind='sft' trains in one process only",
+            "guidance.kind='external' trains in one process only",
         ),
     ],
 )

@@ -306,28 +306,29 @@ def correct(
         longest: tokens of a reply; a longer target would teach the agent to be cut.
         update: its number.
     """
-    valid = [turn for turn in turns if turn.valid]
+    valid = [row for row, turn in enumerate(turns) if turn.valid]
     drawn = torch.randperm(len(valid), generator=generator)[: round(share * len(valid))]
-    asked = [valid[row] for row in sorted(drawn.tolist())]
-    answers = corrector.ask(asked, update)
-    made: list[tuple[Turn, Tensor, int]] = []
+    asked = [valid[number] for number in sorted(drawn.tolist())]
+    answers = corrector.ask([turns[row] for row in asked], update)
+    made: list[tuple[Tensor, int] | None] = [None] * len(turns)
     changed = agreed = 0
-    for turn, answer in zip(asked, answers, strict=True):
+    for row, answer in zip(asked, answers, strict=True):
         if answer is None:
             continue
+        turn = turns[row]
         thought = {name: answer["thought"][name] for name in corrector.fields if name != "action"}
         changed += thought != thought_of(turn, corrector.fields)
         agreed += answer["correct"]
         text = sendable(json.dumps({**thought, "action": turn.action}, ensure_ascii=False))
         target = splice(processor, text, turn.text, corrector.fields)
         if target is not None and len(target[0]) <= longest:
-            made.append((turn, *target))
-    memory.add(update, made)
+            made[row] = target
+    memory.add(update, turns, made)
     answered = sum(answer is not None for answer in answers)
     metrics = {
         "external/asked": float(len(asked)),
         "external/skipped": float(len(asked) - answered),
-        "external/unusable": float(answered - len(made)),
+        "external/unusable": float(answered - sum(target is not None for target in made)),
         "imitation/collected": float(len(memory)),
         **corrector.metrics(),
     }
