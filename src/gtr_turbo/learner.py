@@ -74,7 +74,7 @@ class Learner:
         )
         limit = config.guidance.imitation.limit
         self._memory = Memory(run / "imitation", limit, ranks, self._own_envs)
-        self._corrector = _corrector(config, run, self._envs, note)
+        self._corrector = _corrector(config, run, self._envs, note, ranks)
         with self.policy.whole():
             start = dict(self.policy.model.named_parameters())
             self._start_print = checkpoint.fingerprint(start)
@@ -194,7 +194,7 @@ class Learner:
 
 
 def _corrector(
-    config: TrainConfig, run: Path, envs: Envs, note: Callable[[str], None]
+    config: TrainConfig, run: Path, envs: Envs, note: Callable[[str], None], ranks: Ranks
 ) -> Corrector | None:
     """What corrects thoughts, with `guidance.kind: external`."""
     if config.guidance.kind != "external":
@@ -207,6 +207,7 @@ def _corrector(
         envs.tools,
         note,
         seed=config.seed,
+        ranks=ranks,
     )
 
 
@@ -221,8 +222,10 @@ def _imitate(
 ) -> tuple[dict[str, float], Imitation | None]:
     """Guidance by imitation: collect the teacher's thoughts; (metrics, what joins the update's steps)."""
     guidance, own = config.guidance, config.guidance.imitation
-    draws = stream(config.seed, TEACHING, iteration, *memory.ranks.own_stream)
-    generator = torch.Generator().manual_seed(draws)
+    # what a corrector is asked is drawn by all ranks together
+    own_stream = () if corrector is not None else memory.ranks.own_stream
+    seed = stream(config.seed, TEACHING, iteration, *own_stream)
+    generator = torch.Generator().manual_seed(seed)
     if corrector is not None:
         told = correct(
             corrector,

@@ -94,7 +94,7 @@ def train(
     ranks.agree("settings", asdict(config))
     if ranks.world > 1:
         config = replace(config, model=replace(config.model, device=ranks.device))
-    if config.guidance.kind == "external":
+    if config.guidance.kind == "external" and ranks.first:
         with Endpoint(config.guidance.external) as endpoint:
             endpoint.check()
     torch.set_num_threads(config.threads)

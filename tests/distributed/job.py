@@ -8,20 +8,19 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "teacher"))
+
+from endpoints import endpoint
+
 from gtr_turbo import checkpoint, collect, trainer
 from gtr_turbo.collect import Envs
-from gtr_turbo.config import (
-    EnvConfig,
-    ModelConfig,
-    PPOConfig,
-    RolloutConfig,
-    SamplingConfig,
-)
+from gtr_turbo.config import EnvConfig, ModelConfig, PPOConfig, RolloutConfig, SamplingConfig
 from gtr_turbo.distributed.launch import launch
 from gtr_turbo.distributed.ranks import ALONE, LostContact, connect, join
 from gtr_turbo.evaluate import evaluate
@@ -31,10 +30,17 @@ from gtr_turbo.policy.memory import USED, Microbatch
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.scoring import score
 from gtr_turbo.teacher import imitation
+from gtr_turbo.teacher.external import Corrector, correct
 from gtr_turbo.teacher.guidance import guide
 from gtr_turbo.teacher.history import History
 from gtr_turbo.teacher.imitation import Memory, imitation_loss, splice
-from gtr_turbo.teaching_config import GuidanceConfig, ImitationConfig, TeacherConfig
+from gtr_turbo.teaching_config import (
+    BudgetConfig,
+    ExternalConfig,
+    GuidanceConfig,
+    ImitationConfig,
+    TeacherConfig,
+)
 from gtr_turbo.turns.batch import make_batch
 from tiny import Silent, replies, settings
 
@@ -49,6 +55,7 @@ PPO = PPOConfig(
     entropy_coef=0.01,
 )
 TIMES, ENVS = 4, 2
+ENV = EnvConfig(options={"prompt": "compact"}, num_envs=ENVS)
 CREDIT = {"gamma": 0.9, "lam": 0.95, "normalize": True, "eps": 0.1, "beta": 5.0, "center": True}
 FORMS = {"full": {}, "lora": {"train": "lora", "lora_rank": 4, "lora_alpha": 8}}
 
@@ -83,8 +90,7 @@ def policy_of(path, form, ranks, *, shard=False):
 def turns_of(path):
     """The turns of all environments, as one process plays them."""
     policy = policy_of(path, "full", ALONE)
-    env = EnvConfig(options={"prompt": "compact"}, num_envs=ENVS)
-    envs = Envs(env, "train", 0)
+    envs = Envs(ENV, "train", 0)
     envs.start()
     rollout = RolloutConfig(turns_per_env=TIMES)
     generator = torch.Generator().manual_seed(0)
@@ -179,6 +185,36 @@ def collections(path, turns, ranks, out):
         "names": [[t.frame for t in memory.targets if t.rank == rank] for rank in range(2)],
         "frames": ranks.gather(sorted(memory._frames)),
     }
+
+
+def corrections(path, turns, ranks, out):
+    """Two thirds of the valid turns corrected for one process and two ranks, then with a budget of 3 calls."""
+    found = {}
+    processor, envs = policy_of(path, "full", ALONE).processor, Envs(ENV, "train", 0)
+    with endpoint() if ranks.first else nullcontext() as server:
+        url = ranks.from_first(server and server.url)
+        for name, who, calls in (("alone", ALONE, 0), ("both", ranks, 0), ("short", ranks, 3)):
+            if who is ALONE and not ranks.first:
+                continue
+            share, folder = ENVS // who.world, out / name
+            own = [t for t in turns if t.env_index // share == who.rank]
+            own[0] = replace(own[0], valid=who.rank == 1)  # the first of all is not valid
+            config = ExternalConfig(
+                base_url=url, key_variable=None, tools=False, budget=BudgetConfig(calls=calls)
+            )
+            asked = Corrector(
+                config, folder, envs.fields, envs.field_schemas, (), print, seed=0, ranks=who
+            )
+            memory, before = Memory(folder, 0, who, share), len(server.requests) if server else 0
+            draws = torch.Generator().manual_seed(0)
+            found[name] = correct(
+                asked, processor, own, memory, draws, share=0.67, longest=200, update=1
+            )
+            found[name] = {k: v for k, v in found[name].items() if k != "external/latency"}
+            found[f"{name} calls"] = len(server.requests) - before if server else 0
+            found[f"{name} stopped"] = who.gather(asked.stopped)
+            found[f"{name} targets"] = (folder / "000001.jsonl").read_text() if server else ""
+    return found
 
 
 def same_update(path, turns, ranks, out):
@@ -379,6 +415,7 @@ def main():
         turns = turns_of(path)
         found["sizes"] = sizes(path, turns, ranks)
         found["update"] = same_update(path, turns, ranks, out)
+        found["corrections"] = corrections(path, turns, ranks, out / "corrected")
         found["collections"] = collections(path, turns, ranks, out)
         found["resumed"] = resumed(path, run, ranks)
         collect.generate = GENERATE

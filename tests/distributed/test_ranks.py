@@ -20,7 +20,7 @@ from gtr_turbo.distributed import launch as launching
 from gtr_turbo.distributed.launch import Launch, launch
 from gtr_turbo.settings import dump_config
 from gtr_turbo.teacher.imitation import Memory
-from gtr_turbo.teaching_config import GuidanceConfig
+from gtr_turbo.teaching_config import ExternalConfig, GuidanceConfig
 from tiny import Silent, scripted, settings
 
 HERE = Path(__file__).parent
@@ -111,6 +111,25 @@ def test_collected_thoughts_are_stored_as_by_one_process_and_shared_by_environme
     assert case["ranks"] == [0, 0, 1, 0, 0] * 2
     assert case["frames"] == [sorted(set(names)) for names in case["names"]]
     assert len(case["frames"][1]) == 1
+
+
+def test_a_corrector_is_asked_the_same_by_two_ranks_as_by_one_process(found):
+    """7 of 8 turns are valid, .67 of them are sent: 5; the first rank sends, equal questions once."""
+    case = found["corrections"]
+    assert case["alone"]["external/asked"] == 5
+    assert case["both"] == case["alone"]
+    assert 0 < case["both calls"] == case["alone calls"] <= 5
+    assert case["both targets"] == case["alone targets"] != ""
+    assert case["both stopped"] == [None, None]
+
+
+def test_the_budget_of_a_corrector_is_that_of_all_ranks(found):
+    case = found["corrections"]
+    assert case["short calls"] == case["short"]["external/calls_so_far"] == 3
+    assert case["short"]["external/skipped"] == 2
+    first, second = case["short stopped"]
+    assert first == second
+    assert "budget.calls=3 is spent" in first
 
 
 def test_the_collection_goes_from_one_process_to_two_and_back(found):
@@ -319,9 +338,13 @@ def test_restarts_need_a_run_folder(among, capsys):
             "rollout.engine='vllm' trains in one process only",
         ),
         (
-            {"guidance": GuidanceConfig(kind="external")},
+            {
+                "guidance": GuidanceConfig(
+                    kind="external", external=ExternalConfig(outage="wait", wait_s=1800)
+                )
+            },
             2,
-            "guidance.kind='external' trains in one process only",
+            r"timeout_s=1800 must be above guidance\.external\.wait_s=1800",
         ),
     ],
 )

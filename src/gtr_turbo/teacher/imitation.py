@@ -213,14 +213,13 @@ class Memory:
         self._forget()
 
     def _target(self, row: Mapping[str, Any]) -> Target:
-        # rows of older runs do not say the environment: the first rank takes them
-        rank = int(row.get("env", 0)) // self._envs if self.ranks.world > 1 else 0
+        env = int(row["env"]) if "env" in row else 0  # rows of older runs do not say it
         return Target(
             frame=row["frame"],
             prompt=row["prompt"],
             response_ids=torch.tensor(row["response_ids"]),
             thought_tokens=int(row["thought_tokens"]),
-            rank=rank,
+            rank=env // self._envs % self.ranks.world,
         )
 
     def _keep_frame(self, frame: np.ndarray, fresh: dict[str, bytes]) -> str:
