@@ -172,6 +172,9 @@ def _train(
                 evaluations=evaluations,
             )
         if learner.stopped and not last:
+            ranks.total(
+                0
+            )  # the checkpoint is written: torchrun ends the first rank when another fails
             raise TrainingError(f"stopped after update {iteration + 1}: {learner.stopped}")
     evaluations = _evaluate(learner, config, view, "after", evaluations)
     peak = ranks.largest(peak_rss_mb())

@@ -217,6 +217,29 @@ def corrections(path, turns, ranks, out):
     return found
 
 
+def spent(path, ranks, run):
+    """A run whose budget is spent in its first update, and whose checkpoint takes the first rank a second."""
+    with endpoint() if ranks.first else nullcontext() as server:
+        external = ExternalConfig(
+            base_url=ranks.from_first(server and server.url),
+            key_variable=None,
+            tools=False,
+            budget=BudgetConfig(calls=1),
+        )
+        guidance = GuidanceConfig(kind="external", external=external)
+        config = settings(path, env_steps=8, guidance=guidance)
+        write = checkpoint.write_atomically
+        checkpoint.write_atomically = lambda *given: (time.sleep(ranks.first), write(*given))
+        said = ""
+        try:
+            trainer.train(config, run, Silent(), ranks=ranks)
+        except trainer.TrainingError as error:
+            said = str(error)
+        there = [folder.name for folder in checkpoint.folders(run)]
+        checkpoint.write_atomically = write
+        return ranks.gather([said, there])
+
+
 def same_update(path, turns, ranks, out):
     """One process, two ranks, two ranks with sharded weights: the same turns."""
     found = {}
@@ -416,6 +439,7 @@ def main():
         found["sizes"] = sizes(path, turns, ranks)
         found["update"] = same_update(path, turns, ranks, out)
         found["corrections"] = corrections(path, turns, ranks, out / "corrected")
+        found["spent"] = spent(path, ranks, out / "spent")
         found["collections"] = collections(path, turns, ranks, out)
         found["resumed"] = resumed(path, run, ranks)
         collect.generate = GENERATE

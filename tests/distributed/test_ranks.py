@@ -132,6 +132,12 @@ def test_the_budget_of_a_corrector_is_that_of_all_ranks(found):
     assert "budget.calls=3 is spent" in first
 
 
+def test_a_spent_budget_stops_all_ranks_when_the_checkpoint_is_there(found):
+    for said, there in found["spent"]:
+        assert "stopped after update 1: guidance.external.budget.calls=1 is spent" in said
+        assert there == ["000001"]
+
+
 def test_the_collection_goes_from_one_process_to_two_and_back(found):
     assert [row["imitation/collected"] for row in rows_of(found["run"])] == [4, 8]
     assert [row["imitation/asked"] for row in rows_of(found["run"])] == [4, 4]
