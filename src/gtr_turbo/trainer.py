@@ -172,9 +172,8 @@ def _train(
                 evaluations=evaluations,
             )
         if learner.stopped and not last:
-            ranks.total(
-                0
-            )  # the checkpoint is written: torchrun ends the first rank when another fails
+            # by now the checkpoint is written: torchrun ends the first rank when another one ends
+            ranks.total(0)
             raise TrainingError(f"stopped after update {iteration + 1}: {learner.stopped}")
     evaluations = _evaluate(learner, config, view, "after", evaluations)
     peak = ranks.largest(peak_rss_mb())
