@@ -102,7 +102,7 @@ def replies(policy, observed, texts):
     ]
 
 
-def scripted(policy, observed, sampling, generator, *, greedy=False):
+def scripted(policy, observed, sampling, generator, *, greedy=False, temperature=None):
     """In place of `generate`: valid replies to EZPoints with a random action, drawn from `generator`."""
     texts = []
     for _ in observed:

@@ -242,7 +242,7 @@ class DistributedConfig:
     shard: bool = False
     """FSDP2: each rank keeps a part of the weights, gradients and Adam's moments; false: all of them (DDP)."""
     timeout_s: float = 1800.0
-    """Longest wait for another rank: it must outlast an evaluation, a merge, and the writing of a checkpoint."""
+    """Longest wait for another rank: it must outlast an evaluation, a merge, a checkpoint, a corrector."""
 
     def __post_init__(self) -> None:
         positive(self, "timeout_s")
@@ -321,11 +321,11 @@ class TrainConfig:
                 f"env.num_envs={self.env.num_envs} is the number over all ranks, so the {world} ranks must "
                 "divide it"
             )
-        if world > 1 and self.guidance.kind in ("sft", "external"):
-            raise ConfigError(
-                f"guidance.kind={self.guidance.kind!r} trains in one process only: its collection of thoughts "
-                "is not shared among ranks; start without torchrun, or take guidance.kind kl"
-            )
+        external, limit = self.guidance.external, self.distributed.timeout_s
+        waits = self.guidance.kind == "external" and external.outage == "wait"
+        if world > 1 and waits and external.wait_s >= limit:
+            about = f"distributed.timeout_s={limit:g} must be above guidance.external.wait_s"
+            raise ConfigError(f"{about}={external.wait_s:g}; raise it, or lower the other")
         if world > 1 and self.rollout.engine == "vllm":
             raise ConfigError(
                 "rollout.engine='vllm' trains in one process only: ranks would each start a server and send it "

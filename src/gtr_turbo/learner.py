@@ -72,8 +72,9 @@ class Learner:
             if config.history == "factors"
             else History(config.teacher)
         )
-        self._memory = Memory(run / "imitation", config.guidance.imitation.limit)
-        self._corrector = _corrector(config, run, self._envs, note)
+        limit = config.guidance.imitation.limit
+        self._memory = Memory(run / "imitation", limit, ranks, self._own_envs)
+        self._corrector = _corrector(config, run, self._envs, note, ranks)
         with self.policy.whole():
             start = dict(self.policy.model.named_parameters())
             self._start_print = checkpoint.fingerprint(start)
@@ -193,7 +194,7 @@ class Learner:
 
 
 def _corrector(
-    config: TrainConfig, run: Path, envs: Envs, note: Callable[[str], None]
+    config: TrainConfig, run: Path, envs: Envs, note: Callable[[str], None], ranks: Ranks
 ) -> Corrector | None:
     """What corrects thoughts, with `guidance.kind: external`."""
     if config.guidance.kind != "external":
@@ -206,6 +207,7 @@ def _corrector(
         envs.tools,
         note,
         seed=config.seed,
+        ranks=ranks,
     )
 
 
@@ -220,7 +222,10 @@ def _imitate(
 ) -> tuple[dict[str, float], Imitation | None]:
     """Guidance by imitation: collect the teacher's thoughts; (metrics, what joins the update's steps)."""
     guidance, own = config.guidance, config.guidance.imitation
-    generator = torch.Generator().manual_seed(stream(config.seed, TEACHING, iteration))
+    # what a corrector is asked is drawn by all ranks together
+    own_stream = () if corrector is not None else memory.ranks.own_stream
+    seed = stream(config.seed, TEACHING, iteration, *own_stream)
+    generator = torch.Generator().manual_seed(seed)
     if corrector is not None:
         told = correct(
             corrector,
@@ -249,8 +254,9 @@ def _imitate(
     if not memory.targets or not weight:
         return told, None
 
-    def losses(draws: torch.Generator, turns: int) -> Iterator[tuple[Tensor, float]]:
-        for loss, number in imitation_loss(policy, memory, own.samples, draws, microbatch=turns):
+    def losses(draws: torch.Generator, size: int) -> Iterator[tuple[Tensor, float]]:
+        parts = imitation_loss(policy, memory, own.samples, draws, microbatch=size, idle=turns[0])
+        for loss, number in parts:
             yield weight * loss, number
 
     return told, losses

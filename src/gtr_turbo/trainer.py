@@ -94,7 +94,7 @@ def train(
     ranks.agree("settings", asdict(config))
     if ranks.world > 1:
         config = replace(config, model=replace(config.model, device=ranks.device))
-    if config.guidance.kind == "external":
+    if config.guidance.kind == "external" and ranks.first:
         with Endpoint(config.guidance.external) as endpoint:
             endpoint.check()
     torch.set_num_threads(config.threads)
@@ -172,6 +172,8 @@ def _train(
                 evaluations=evaluations,
             )
         if learner.stopped and not last:
+            # by now the checkpoint is written: torchrun ends the first rank when another one ends
+            ranks.total(0)
             raise TrainingError(f"stopped after update {iteration + 1}: {learner.stopped}")
     evaluations = _evaluate(learner, config, view, "after", evaluations)
     peak = ranks.largest(peak_rss_mb())

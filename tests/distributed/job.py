@@ -8,10 +8,15 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "teacher"))
+
+from endpoints import endpoint
 
 from gtr_turbo import checkpoint, collect, trainer
 from gtr_turbo.collect import Envs
@@ -24,9 +29,18 @@ from gtr_turbo.learning.update import make_optimizer, update
 from gtr_turbo.policy.memory import USED, Microbatch
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.scoring import score
+from gtr_turbo.teacher import imitation
+from gtr_turbo.teacher.external import Corrector, correct
 from gtr_turbo.teacher.guidance import guide
 from gtr_turbo.teacher.history import History
-from gtr_turbo.teaching_config import GuidanceConfig, TeacherConfig
+from gtr_turbo.teacher.imitation import Memory, imitation_loss, splice
+from gtr_turbo.teaching_config import (
+    BudgetConfig,
+    ExternalConfig,
+    GuidanceConfig,
+    ImitationConfig,
+    TeacherConfig,
+)
 from gtr_turbo.turns.batch import make_batch
 from tiny import Silent, replies, settings
 
@@ -41,6 +55,7 @@ PPO = PPOConfig(
     entropy_coef=0.01,
 )
 TIMES, ENVS = 4, 2
+ENV = EnvConfig(options={"prompt": "compact"}, num_envs=ENVS)
 CREDIT = {"gamma": 0.9, "lam": 0.95, "normalize": True, "eps": 0.1, "beta": 5.0, "center": True}
 FORMS = {"full": {}, "lora": {"train": "lora", "lora_rank": 4, "lora_alpha": 8}}
 
@@ -60,6 +75,10 @@ def worded(policy, observed, sampling, generator, *, greedy=False):
     return replies(policy, observed, texts)
 
 
+def written(policy, observed, sampling, generator, *, temperature):
+    return worded(policy, observed, sampling, generator)
+
+
 def policy_of(path, form, ranks, *, shard=False):
     config = ModelConfig(path=path, attention="eager", **FORMS[form])
     policy = Policy(config, temperature=0.7, ranks=ranks, shard=shard)
@@ -71,8 +90,7 @@ def policy_of(path, form, ranks, *, shard=False):
 def turns_of(path):
     """The turns of all environments, as one process plays them."""
     policy = policy_of(path, "full", ALONE)
-    env = EnvConfig(options={"prompt": "compact"}, num_envs=ENVS)
-    envs = Envs(env, "train", 0)
+    envs = Envs(ENV, "train", 0)
     envs.start()
     rollout = RolloutConfig(turns_per_env=TIMES)
     generator = torch.Generator().manual_seed(0)
@@ -88,19 +106,30 @@ def teacher_of(policy):
     }
 
 
-def learn(policy, turns, ranks, credit_at):
-    """Guide, credit and update with this rank's part of `turns`; (stats, whole weights, optimizer)."""
+def learn(policy, turns, ranks, credit_at, memory=None):
+    """Guide, credit and update with this rank's part of `turns`; (stats, batch, optimizer).
+
+    With a `memory` the guidance is by imitation of what is in it.
+    """
     share = ENVS // ranks.world
     own = [t for t in turns if t.env_index // share == ranks.rank]
     policy.load_teacher(teacher_of(policy))
     batch = make_batch(own, share, policy.processor.pad_token_id)
-    with policy.whole():
-        batch = guide(batch, policy, GuidanceConfig(), microbatch_turns=2)
-    batch = credit(batch, ranks, credit=credit_at, **CREDIT)
+    joins = None
+    if memory is None:
+        with policy.whole():
+            batch = guide(batch, policy, GuidanceConfig(), microbatch_turns=2)
+    else:
+
+        def joins(draws, size):
+            return imitation_loss(policy, memory, 3, draws, microbatch=size, idle=own[0])
+
+    beta = CREDIT["beta"] if memory is None else 0.0
+    batch = credit(batch, ranks, credit=credit_at, **{**CREDIT, "beta": beta})
     optimizer = make_optimizer(policy, PPO)
     stats = update(
         policy, optimizer, batch, PPO, seed=0, progress=0.0, progress_after=0.5,
-        max_logprob_gap=5.0, ranks=ranks,
+        max_logprob_gap=5.0, imitation=joins, ranks=ranks,
     )  # fmt: skip
     return stats, batch, optimizer
 
@@ -116,25 +145,125 @@ def apart(ours, theirs):
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
+def thoughts(policy, turns, ranks, folder, *, restored=False):
+    """Targets of two updates: for each turn of environment 0 thoughts of other lengths, for environment 1 two.
+
+    With `restored` as a run that goes on has them: from the files, frames to be observed again.
+    """
+    share = ENVS // ranks.world
+    memory = Memory(folder, 0, ranks, share)
+    for number in (1, 2):
+        rows = [i for i, turn in enumerate(turns) if turn.env_index // share == ranks.rank]
+        made = []
+        for i in rows:
+            said = json.loads(turns[i].text) | {"thoughts": "2+6=8 " * (i + number)}
+            spliced = splice(policy.processor, json.dumps(said), turns[i].text, tuple(said))
+            made.append(None if turns[i].env_index == 1 and i != 3 else spliced)
+        memory.add(number, [turns[i] for i in rows], made)
+    if not restored:
+        return memory
+    ranks.total(0)  # the files are there
+    again = Memory(folder, 0, ranks, share)
+    again.restore(2)
+    return again
+
+
+def collections(path, turns, ranks, out):
+    """The files of one process and of two ranks, and which rank takes up what of those of one."""
+    policy, alone, both = policy_of(path, "full", ALONE), out / f"{ranks.rank}", out / "both"
+    thoughts(policy, turns, ALONE, alone)
+    thoughts(policy, turns, ranks, both)
+    ranks.total(0)  # the files are there
+    memory = Memory(alone, 0, ranks, ENVS // ranks.world)
+    memory.restore(2)
+    return {
+        "files": [
+            {str(file.relative_to(folder)): file.read_bytes().hex() for file in folder.rglob("*.*")}
+            for folder in (alone, both)
+        ],
+        "ranks": [target.rank for target in memory.targets],
+        "names": [[t.frame for t in memory.targets if t.rank == rank] for rank in range(2)],
+        "frames": ranks.gather(sorted(memory._frames)),
+    }
+
+
+def corrections(path, turns, ranks, out):
+    """Two thirds of the valid turns corrected for one process and two ranks, then with a budget of 3 calls."""
+    found = {}
+    processor, envs = policy_of(path, "full", ALONE).processor, Envs(ENV, "train", 0)
+    with endpoint() if ranks.first else nullcontext() as server:
+        url = ranks.from_first(server and server.url)
+        for name, who, calls in (("alone", ALONE, 0), ("both", ranks, 0), ("short", ranks, 3)):
+            if who is ALONE and not ranks.first:
+                continue
+            share, folder = ENVS // who.world, out / name
+            own = [t for t in turns if t.env_index // share == who.rank]
+            own[0] = replace(own[0], valid=who.rank == 1)  # the first of all is not valid
+            config = ExternalConfig(
+                base_url=url, key_variable=None, tools=False, budget=BudgetConfig(calls=calls)
+            )
+            asked = Corrector(
+                config, folder, envs.fields, envs.field_schemas, (), print, seed=0, ranks=who
+            )
+            memory, before = Memory(folder, 0, who, share), len(server.requests) if server else 0
+            draws = torch.Generator().manual_seed(0)
+            found[name] = correct(
+                asked, processor, own, memory, draws, share=0.67, longest=200, update=1
+            )
+            found[name] = {k: v for k, v in found[name].items() if k != "external/latency"}
+            found[f"{name} calls"] = len(server.requests) - before if server else 0
+            found[f"{name} stopped"] = who.gather(asked.stopped)
+            found[f"{name} targets"] = (folder / "000001.jsonl").read_text() if server else ""
+    return found
+
+
+def spent(path, ranks, run):
+    """A run whose budget is spent in its first update, and whose checkpoint takes the first rank a second."""
+    with endpoint() if ranks.first else nullcontext() as server:
+        external = ExternalConfig(
+            base_url=ranks.from_first(server and server.url),
+            key_variable=None,
+            tools=False,
+            budget=BudgetConfig(calls=1),
+        )
+        guidance = GuidanceConfig(kind="external", external=external)
+        config = settings(path, env_steps=8, guidance=guidance)
+        write = checkpoint.write_atomically
+        checkpoint.write_atomically = lambda *given: (time.sleep(ranks.first), write(*given))
+        said = ""
+        try:
+            trainer.train(config, run, Silent(), ranks=ranks)
+        except trainer.TrainingError as error:
+            said = str(error)
+        there = [folder.name for folder in checkpoint.folders(run)]
+        checkpoint.write_atomically = write
+        return ranks.gather([said, there])
+
+
 def same_update(path, turns, ranks, out):
     """One process, two ranks, two ranks with sharded weights: the same turns."""
     found = {}
-    for form, credit_at in (("full", "token"), ("lora", "advantage")):
+    for case, form, credit_at in (
+        ("full", "full", "token"), ("lora", "lora", "advantage"), ("sft", "full", "advantage"),
+    ):  # fmt: skip
         single = policy_of(path, form, ALONE)
         start = weights(single)
-        stats, batch, _ = learn(single, turns, ALONE, credit_at)
+        kept = thoughts(single, turns, ALONE, out / f"{ranks.rank}") if case == "sft" else None
+        stats, batch, _ = learn(single, turns, ALONE, credit_at, kept)
         reference = weights(single)
         for name, shard in (("ddp", False), ("fsdp", True)):
             policy = policy_of(path, form, ranks, shard=shard)
+            if case == "sft":
+                kept = thoughts(policy, turns, ranks, out / name, restored=shard)
             sent = ranks.sent_bytes
-            ours, own, optimizer = learn(policy, turns, ranks, credit_at)
+            ours, own, optimizer = learn(policy, turns, ranks, credit_at, kept)
             mine = ranks.rows(own.shape)
             columns = own.advantages.shape[1] if own.advantages.ndim > 1 else None
             expected = batch.advantages[mine]
             expected = expected if columns is None else expected[:, :columns]
             entries = [p.numel() for p in single.trained().values()]
             critic = [p.numel() for p in single.value_head.parameters()]
-            found[f"{form}/{name}"] = {
+            found[f"{case}/{name}"] = {
                 "apart": apart(weights(policy), reference),
                 "moved": apart(start, reference),
                 "credit": float((own.advantages - expected).abs().max()),
@@ -144,7 +273,7 @@ def same_update(path, turns, ranks, out):
                 "stats": ours,
                 "reference": stats,
             }
-            if shard:
+            if shard and case != "sft":
                 found[f"{form}/stored"] = stored(path, form, policy, optimizer, turns, ranks, out)
     return found
 
@@ -269,9 +398,16 @@ def sizes(path, turns, ranks):
     return found
 
 
+def sft_settings(path, **groups):
+    """Three collected thoughts a step, one a forward pass."""
+    own = ImitationConfig(samples=3, retries=0)
+    ppo = PPOConfig(minibatch_turns=4, microbatch_turns=1, critic_steps=2, lr=1e-3)
+    return settings(path, guidance=GuidanceConfig(kind="sft", imitation=own), ppo=ppo, **groups)
+
+
 def resumed(path, run, ranks):
     """Two ranks go on with the run of one process."""
-    config = settings(path, env_steps=8)
+    config = sft_settings(path, env_steps=8)
     before = checkpoint.read_state(checkpoint.folders(run)[-1])
     trainer.train(config, run, Silent(), resume=True, ranks=ranks)
     ranks.total(0)
@@ -294,6 +430,7 @@ def main():
     path, run, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     collect.generate = worded
+    imitation.generate = written
     place = launch()
     connect(place)
     with join(place, "cpu", 600.0) as ranks:
@@ -301,6 +438,9 @@ def main():
         turns = turns_of(path)
         found["sizes"] = sizes(path, turns, ranks)
         found["update"] = same_update(path, turns, ranks, out)
+        found["corrections"] = corrections(path, turns, ranks, out / "corrected")
+        found["spent"] = spent(path, ranks, out / "spent")
+        found["collections"] = collections(path, turns, ranks, out)
         found["resumed"] = resumed(path, run, ranks)
         collect.generate = GENERATE
         found["evaluations"] = evaluations(path, ranks)

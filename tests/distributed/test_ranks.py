@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from job import sft_settings
 
 from gtr_turbo import checkpoint, trainer
 from gtr_turbo.checkpoint import own_folder
@@ -17,11 +19,12 @@ from gtr_turbo.config import DistributedConfig, EnvConfig, ModelConfig, RolloutC
 from gtr_turbo.distributed import launch as launching
 from gtr_turbo.distributed.launch import Launch, launch
 from gtr_turbo.settings import dump_config
-from gtr_turbo.teaching_config import GuidanceConfig
+from gtr_turbo.teacher.imitation import Memory
+from gtr_turbo.teaching_config import ExternalConfig, GuidanceConfig
 from tiny import Silent, scripted, settings
 
 HERE = Path(__file__).parent
-FORMS = ["full/ddp", "full/fsdp", "lora/ddp", "lora/fsdp"]
+FORMS = ["full/ddp", "full/fsdp", "lora/ddp", "lora/fsdp", "sft/ddp", "sft/fsdp"]
 
 
 def environment(**more):
@@ -58,8 +61,9 @@ def found(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
     run = out / "run"
     with pytest.MonkeyPatch.context() as patch, own_folder(run):
-        patch.setattr("gtr_turbo.collect.generate", scripted)
-        trainer.train(settings(tiny, env_steps=4), run, Silent())
+        for module in ("collect", "teacher.imitation"):
+            patch.setattr(f"gtr_turbo.{module}.generate", scripted)
+        trainer.train(sft_settings(tiny, env_steps=4), run, Silent())
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     job = (HERE / "job.py", tiny, run, out)
     both = [start(*job, RANK=str(rank), **place) for rank in range(2)]
@@ -76,7 +80,7 @@ def test_the_same_turns_give_the_same_update_on_one_and_two_ranks(found, form):
     assert case["credit"] <= 1e-6
 
 
-@pytest.mark.parametrize("form", ["full", "lora"])
+@pytest.mark.parametrize("form", ["full", "lora", "sft"])
 def test_sharded_weights_and_whole_ones_learn_the_same(found, form):
     ddp, fsdp = (found["update"][f"{form}/{kind}"]["stats"] for kind in ("ddp", "fsdp"))
     assert fsdp == pytest.approx(ddp, rel=1e-4, abs=1e-6)
@@ -86,15 +90,62 @@ def test_sharded_weights_and_whole_ones_learn_the_same(found, form):
 def test_the_numbers_of_an_update_are_those_of_one_process(found, form):
     ours, single = found["update"][form]["stats"], found["update"][form]["reference"]
     assert {"ppo/approx_kl", "ppo/first_log_ratio", "thought/entropy"} < set(single)
+    assert ("imitation/loss" in single) == form.startswith("sft")
     assert ours == pytest.approx(single, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("form", ["full/ddp", "lora/ddp"])
+@pytest.mark.parametrize("form", ["full/ddp", "lora/ddp", "sft/ddp"])
 def test_what_is_sent_is_the_gradients_and_little_more(found, form):
     """8 turns, 4 a step, 2 epochs: 4 steps of everything, 2 more of the critic; float32."""
     case = found["update"][form]
     plan = 4 * (4 * (case["trained"] + case["critic"]) + 2 * case["critic"])
     assert plan <= case["sent"] <= plan + 40_000
+
+
+def test_collected_thoughts_are_stored_as_by_one_process_and_shared_by_environment(found):
+    """Of 8 turns in 2 updates: environment 0 has a thought for each of its 4, environment 1 for one."""
+    case = found["collections"]
+    alone, both = case["files"]
+    assert {"000001.jsonl", "000002.jsonl"} < set(alone)
+    assert both == alone
+    assert case["ranks"] == [0, 0, 1, 0, 0] * 2
+    assert case["frames"] == [sorted(set(names)) for names in case["names"]]
+    assert len(case["frames"][1]) == 1
+
+
+def test_a_corrector_is_asked_the_same_by_two_ranks_as_by_one_process(found):
+    """7 of 8 turns are valid, .67 of them are sent: 5; the first rank sends, equal questions once."""
+    case = found["corrections"]
+    assert case["alone"]["external/asked"] == 5
+    assert case["both"] == case["alone"]
+    assert 0 < case["both calls"] == case["alone calls"] <= 5
+    assert case["both targets"] == case["alone targets"] != ""
+    assert case["both stopped"] == [None, None]
+
+
+def test_the_budget_of_a_corrector_is_that_of_all_ranks(found):
+    case = found["corrections"]
+    assert case["short calls"] == case["short"]["external/calls_so_far"] == 3
+    assert case["short"]["external/skipped"] == 2
+    first, second = case["short stopped"]
+    assert first == second
+    assert "budget.calls=3 is spent" in first
+
+
+def test_a_spent_budget_stops_all_ranks_when_the_checkpoint_is_there(found):
+    for said, there in found["spent"]:
+        assert "stopped after update 1: guidance.external.budget.calls=1 is spent" in said
+        assert there == ["000001"]
+
+
+def test_the_collection_goes_from_one_process_to_two_and_back(found):
+    assert [row["imitation/collected"] for row in rows_of(found["run"])] == [4, 8]
+    assert [row["imitation/asked"] for row in rows_of(found["run"])] == [4, 4]
+    state = checkpoint.read_state(checkpoint.folders(found["run"])[-1])
+    memory = Memory(found["run"] / "imitation", 0)
+    memory.restore(state["update"])
+    assert len(memory) == 8
+    assert {target.frame for target in memory.targets} == set(memory._frames)
 
 
 def test_gradients_that_not_all_ranks_have(found):
@@ -158,9 +209,11 @@ def rows_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_rank_that_fails_is_told_once_and_a_restarted_job_goes_on(tiny, tmp_path):
-    """Sharded, by the command; then one process goes on with whole weights."""
-    run, file = tmp_path / "run", tmp_path / "config.yaml"
+@pytest.fixture(scope="module")
+def restarted(tiny, tmp_path_factory):
+    """(run, settings file, what was told) of two sharded ranks of which one fails once, by the command."""
+    folder = tmp_path_factory.mktemp("restarted")
+    run, file = folder / "run", folder / "config.yaml"
     file.write_text(dump_config(settings(tiny, env_steps=8)))
     job = torchrun(
         "--standalone", "--nproc-per-node", 2, "--max-restarts", 1, "--", HERE / "failing.py",
@@ -168,8 +221,57 @@ def test_a_rank_that_fails_is_told_once_and_a_restarted_job_goes_on(tiny, tmp_pa
     )  # fmt: skip
     told = end(job)
     assert job.returncode == 0, told
+    return run, file, told
+
+
+def test_two_machines_end_with_the_checkpoint_of_one(restarted, tmp_path):
+    """Two torchruns that meet at a port, a rank each; the other run had both ranks under one, and a restart."""
+    one, file, _ = restarted
+    port, two = free_port(), tmp_path / "two"
+    nodes = [
+        torchrun(
+            "--nnodes", 2, "--node-rank", node, "--nproc-per-node", 1,
+            "--master-addr", "127.0.0.1", "--master-port", port, "-m", "--", "gtr_turbo",
+            "train", "--config", file, "--run", two, "--distributed.shard", "true",
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    told = [end(node) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(told)
+    ours, theirs = (run / "checkpoints" / "000002" for run in (two, one))
+    files = sorted(file.name for file in theirs.glob("*.safetensors"))
+    assert {"trained.safetensors", "optimizer.safetensors", "history.safetensors"} < set(files)
+    for name in files:
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    states = [checkpoint.read_state(folder) for folder in (ours, theirs)]
+    assert states[0]["envs"] == states[1]["envs"]
+    assert [row["update"] for row in rows_of(two)] == [1, 2]
+    assert rows_of(two)[-1]["ppo/grad_norm"] > 0
+
+
+def test_torchrun_names_a_port_that_is_taken(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        job = torchrun(
+            "--nnodes", 2, "--node-rank", 0, "--nproc-per-node", 1, "--master-addr", "127.0.0.1",
+            "--master-port", port, "-m", "--", "gtr_turbo", "train", "--run", tmp_path / "run",
+        )  # fmt: skip
+        told = end(job)
+    assert job.returncode != 0
+    assert f"port: {port}" in told.splitlines()[-1]
+    assert "address already in use" in told.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_fails_is_told_once_and_a_restarted_job_goes_on(restarted, tiny, tmp_path):
+    """Sharded, by the command; then one process goes on with whole weights."""
+    made, _, told = restarted
     assert told.count("gtr-turbo: ") == 1, told
     assert "gtr-turbo: the roof of rank 1 leaks" in told
+    run = tmp_path / "run"
+    shutil.copytree(made, run)
     assert [row["update"] for row in rows_of(run)] == [1, 2]
     assert (run / "summary.json").exists()
     state = checkpoint.read_state(checkpoint.folders(run)[-1])
@@ -242,9 +344,13 @@ def test_restarts_need_a_run_folder(among, capsys):
             "rollout.engine='vllm' trains in one process only",
         ),
         (
-            {"guidance": GuidanceConfig(kind="sft")},
+            {
+                "guidance": GuidanceConfig(
+                    kind="external", external=ExternalConfig(outage="wait", wait_s=1800)
+                )
+            },
             2,
-            "guidance.kind='sft' trains in one process only",
+            r"timeout_s=1800 must be above guidance\.external\.wait_s=1800",
         ),
     ],
 )

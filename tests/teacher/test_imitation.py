@@ -138,8 +138,8 @@ def test_the_merge_writes_and_not_the_agent(policy, turns, monkeypatch):
 def collected(policy, turns, folder, limit=0, updates=(1,)):
     memory = Memory(folder, limit)
     for update in updates:
-        made = [(t, *splice(policy.processor, TEACHER, t.text, FIELDS)) for t in turns]
-        memory.add(update, made)
+        made = [splice(policy.processor, TEACHER, t.text, FIELDS) for t in turns]
+        memory.add(update, turns, made)
     return memory
 
 
@@ -155,8 +155,9 @@ def test_targets_come_back_from_the_files_as_they_were(policy, turns, tmp_path):
             new.thought_tokens,
         )
         assert torch.equal(old.response_ids, new.response_ids)
-    draws = [m.draw(5, torch.Generator().manual_seed(3), policy) for m in (memory, again)]
-    for a, b in zip(*(observed for observed, _ in draws), strict=True):
+    draws = [m.draw(5, torch.Generator().manual_seed(3)) for m in (memory, again)]
+    seen = [m.observe(drawn, policy) for m, drawn in zip((memory, again), draws, strict=True)]
+    for a, b in zip(*seen, strict=True):
         assert torch.equal(a.prompt_ids, b.prompt_ids)
         assert torch.allclose(a.features, b.features, atol=1e-6)
 
@@ -179,8 +180,8 @@ def test_a_thousand_turns_of_one_frame_take_the_memory_of_one(policy, turns, tmp
     memory = Memory(tmp_path, 0)
     turn = turns[0]
     others = [dataclasses.replace(turn, prompt=f"{turn.prompt} {i}") for i in range(1000)]
-    memory.add(1, [(t, *splice(policy.processor, TEACHER, t.text, FIELDS)) for t in others])
-    drawn, _ = memory.draw(1000, torch.Generator().manual_seed(0), policy)
+    memory.add(1, others, [splice(policy.processor, TEACHER, t.text, FIELDS) for t in others])
+    drawn = memory.observe(memory.draw(1000, torch.Generator().manual_seed(0)), policy)
     assert len({seen.features.data_ptr() for seen in drawn}) == 1
     assert sum(seen.frame.nbytes for seen in drawn) == 0
     assert torch.equal(drawn[0].features, turn.observed.features)
@@ -209,7 +210,8 @@ def test_the_loss_is_the_mean_over_trained_tokens_at_temperature_one(policy, tur
     generator = torch.Generator().manual_seed(0)
     parts = list(imitation_loss(policy, memory, 4, generator, microbatch=3))
     assert len(parts) == 2
-    observed, targets = memory.draw(4, torch.Generator().manual_seed(0), policy)
+    targets = memory.draw(4, torch.Generator().manual_seed(0))
+    observed = memory.observe(targets, policy)
     logprobs = score(
         policy,
         inputs_of(policy, observed, [t.response_ids for t in targets]),

@@ -170,6 +170,26 @@ class Ranks:
         """The first rank's JSON value, on every rank."""
         return self.gather(value if self.first else None)[0]
 
+    def to_first(self, data: bytes) -> list[bytes]:
+        """Bytes of each rank, by rank, on the first; nothing on the others."""
+        if self.world == 1:
+            return [data]
+        lengths = [int(length) for length in self._gather(torch.tensor([len(data)]))]
+        if not self.first:
+            if data:
+                moved = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
+                with self._talk(moved):
+                    dist.send(moved, 0)
+            return []
+        found = [data]
+        for rank, length in enumerate(lengths[1:], 1):
+            moved = torch.empty(length, dtype=torch.uint8, device=self.device)
+            if length:
+                with self._talk(moved[:0]):
+                    dist.recv(moved, rank)
+            found.append(moved.cpu().numpy().tobytes())
+        return found
+
     def spread(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The first rank's float32 tensors on the CPU, bit for bit, on every rank, one after the other.
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gtr_turbo.checks import ConfigError
+from gtr_turbo.distributed.ranks import ALONE, Ranks
 from gtr_turbo.envs.contract import Tool
 from gtr_turbo.policy.processing import Processor
 from gtr_turbo.teacher.endpoint import FAULTS, OUTAGES, Endpoint
@@ -37,6 +38,7 @@ from gtr_turbo.teacher.messages import (
     tool_schemas,
 )
 from gtr_turbo.teaching_config import ExternalConfig
+from gtr_turbo.turns.record import by_time
 from gtr_turbo.turns.turn import Turn
 
 LONGEST_PAUSE_S = 60.0
@@ -61,6 +63,7 @@ class Corrector:
         note: Callable[[str], None],
         *,
         seed: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Nothing is sent yet.
 
@@ -72,6 +75,7 @@ class Corrector:
             tools: of the environment.
             note: tells the person something.
             seed: of the jitter.
+            ranks: who has questions; the first talks to the endpoint and keeps the ledger.
 
         Raises:
             ConfigError: the ledger is damaged.
@@ -80,7 +84,7 @@ class Corrector:
         self._schema = answer_schema(fields, schemas)
         self._tools = tuple(tools) if config.tools else ()
         self._rounds = config.tool_rounds if self._tools else 0
-        self._note, self._seed = note, seed
+        self._note, self._seed, self._ranks = note, seed, ranks
         self.ledger = Ledger(
             folder / "ledger.jsonl",
             config.budget,
@@ -108,12 +112,28 @@ class Corrector:
     def ask(self, turns: Sequence[Turn], update: int) -> list[Mapping[str, Any] | None]:
         """Answers about valid turns, None where there is none; equal questions are asked once a run.
 
+        All ranks must call it, with turns of their own.
+
         Raises:
             ConfigError: the endpoint refuses key, model or every request.
         """
+        ranks, bodies = self._ranks, [self._body(turn) for turn in turns]
+        if ranks.world == 1:
+            return self._ask(bodies, update)
+        given = [json.loads(part) for part in ranks.to_first(json.dumps(bodies).encode())]
+        answers = self._ask([body for part in given for body in part], update) if given else None
+        answers, self.stopped = ranks.from_first([answers, self.stopped])
+        counts = ranks.gather(len(turns))
+        begin = sum(counts[: ranks.rank])
+        own: list[Mapping[str, Any] | None] = answers[begin : begin + len(turns)]
+        return own
+
+    def _ask(
+        self, bodies: Sequence[Mapping[str, Any]], update: int
+    ) -> list[Mapping[str, Any] | None]:
+        """Answers to the questions of all ranks."""
         self._counts.clear()
         self._answered()
-        bodies = [self._body(turn) for turn in turns]
         keys = [digest(body) for body in bodies]
         fresh = {
             key: body
@@ -156,7 +176,7 @@ class Corrector:
             )
 
     def metrics(self) -> dict[str, float]:
-        """Of the last `ask`: the counts of the `external` group, and what was spent so far."""
+        """Of the last `ask`: the counts of the `external` group, and what was spent so far; on the first rank."""
         counts, spent = self._counts, self.ledger.spent
         names = ("known", "calls", "retries", "tokens_in", "tokens_out", "bad_tool_calls")
         found = {f"external/{name}": float(counts[name]) for name in names}
@@ -294,40 +314,51 @@ def correct(
     longest: int,
     update: int,
 ) -> dict[str, float]:
-    """Have an update's turns corrected, and collect the targets; returns the `external` group.
+    """Have an update's turns corrected, and collect the targets; returns the `external` group, over all ranks.
 
     Args:
         corrector: is asked.
         processor: of the agent.
-        turns: of the update.
+        turns: of this rank.
         memory: keeps the targets.
-        generator: draws the turns that are sent.
-        share: of the valid turns, so many are sent.
+        generator: draws the turns that are sent; all ranks must give the same.
+        share: of the valid turns of all ranks, so many are sent.
         longest: tokens of a reply; a longer target would teach the agent to be cut.
         update: its number.
     """
-    valid = [turn for turn in turns if turn.valid]
+    ranks, envs = memory.ranks, len({turn.env_index for turn in turns})
+    flags = list(by_time(ranks.gather([turn.valid for turn in turns]), envs))
+    valid = torch.tensor(flags).nonzero()[:, 0]
     drawn = torch.randperm(len(valid), generator=generator)[: round(share * len(valid))]
-    asked = [valid[row] for row in sorted(drawn.tolist())]
-    answers = corrector.ask(asked, update)
-    made: list[tuple[Turn, Tensor, int]] = []
+    rows = valid[drawn.sort().values]
+    asked: list[int] = ranks.own_rows(rows, (len(turns) // envs, envs)).tolist()
+    answers = corrector.ask([turns[row] for row in asked], update)
+    made: list[tuple[Tensor, int] | None] = [None] * len(turns)
     changed = agreed = 0
-    for turn, answer in zip(asked, answers, strict=True):
+    for row, answer in zip(asked, answers, strict=True):
         if answer is None:
             continue
+        turn = turns[row]
         thought = {name: answer["thought"][name] for name in corrector.fields if name != "action"}
         changed += thought != thought_of(turn, corrector.fields)
         agreed += answer["correct"]
         text = sendable(json.dumps({**thought, "action": turn.action}, ensure_ascii=False))
         target = splice(processor, text, turn.text, corrector.fields)
         if target is not None and len(target[0]) <= longest:
-            made.append((turn, *target))
-    memory.add(update, made)
-    answered = sum(answer is not None for answer in answers)
+            made[row] = target
+    memory.add(update, turns, made)
+    counts = (
+        len(asked),
+        sum(answer is not None for answer in answers),
+        sum(target is not None for target in made),
+        changed,
+        agreed,
+    )
+    sent, answered, usable, changed, agreed = ranks.sum(torch.tensor(counts)).tolist()
     metrics = {
-        "external/asked": float(len(asked)),
-        "external/skipped": float(len(asked) - answered),
-        "external/unusable": float(answered - len(made)),
+        "external/asked": float(sent),
+        "external/skipped": float(sent - answered),
+        "external/unusable": float(answered - usable),
         "imitation/collected": float(len(memory)),
         **corrector.metrics(),
     }

@@ -12,7 +12,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from gtr_turbo.config import SamplingConfig
+from gtr_turbo.distributed.ranks import ALONE, Ranks
 from gtr_turbo.parsing import parse, thought_tokens
 from gtr_turbo.policy.generation import generate
 from gtr_turbo.policy.model import Policy
@@ -30,6 +32,7 @@ from gtr_turbo.policy.processing import Processor
 from gtr_turbo.policy.scoring import score
 from gtr_turbo.teaching_config import GuidanceConfig, ImitationConfig
 from gtr_turbo.turns.batch import by_length, make_inputs, pad, select
+from gtr_turbo.turns.record import by_time
 from gtr_turbo.turns.turn import Observed, Turn
 
 ACTION_KEY = re.compile(r"""["']?action["']?\s*:\s*["']?""")
@@ -47,6 +50,8 @@ class Target:
     """(R,) int64, end token included."""
     thought_tokens: int
     """The first so many are trained, and the end token."""
+    rank: int = 0
+    """Which rank trains it: it has the environment of the turn, and the frame."""
 
     @property
     def mask(self) -> Tensor:
@@ -106,7 +111,7 @@ def write_thoughts(
 ) -> Written:
     """Replies of the merged teacher to the observations of the valid turns.
 
-    Answers that cannot be read are drawn again, hotter each time.
+    Answers that cannot be read are drawn again, hotter each time. The metrics are over the turns of all ranks.
     """
     texts: list[str | None] = [None] * len(turns)
     open_rows = [i for i, turn in enumerate(turns) if turn.valid]
@@ -137,12 +142,14 @@ def write_thoughts(
             if not open_rows or attempt == config.retries:
                 break
             temperature = min(temperature * config.temperature_ramp, config.temperature_max)
+    counts = torch.tensor([asked, asked - len(open_rows), tries], dtype=torch.float64)
+    of_all, done, drawn = policy.ranks.sum(counts).tolist()
     return Written(
         texts,
         {
-            "imitation/asked": float(asked),
-            "imitation/written": (asked - len(open_rows)) / max(1, asked),
-            "imitation/tries": tries / max(1, asked),
+            "imitation/asked": of_all,
+            "imitation/written": done / max(1, of_all),
+            "imitation/tries": drawn / max(1, of_all),
         },
     )
 
@@ -150,12 +157,17 @@ def write_thoughts(
 class Memory:
     """The collected targets: each update adds a file, every frame is stored once, as PNG.
 
+    Each rank knows all targets and has the frames of its own; the first has the files.
+
     Attributes:
-        targets: what is kept, the oldest first.
+        targets: what is kept, the oldest first; the same on all ranks.
+        ranks: who has them.
     """
 
-    def __init__(self, folder: Path, limit: int) -> None:
+    def __init__(self, folder: Path, limit: int, ranks: Ranks = ALONE, envs: int = 1) -> None:
+        """Begin with nothing; `envs` environments are of each rank."""
         self._folder, self._limit = folder, limit
+        self.ranks, self._envs = ranks, envs
         self.targets: list[Target] = []
         self._frames: dict[str, bytes] = {}
         self._seen: dict[tuple[str, str], Observed] = {}
@@ -164,46 +176,73 @@ class Memory:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def add(self, update: int, targets: Sequence[tuple[Turn, Tensor, int]]) -> None:
-        """Keep targets and write them to `NNNNNN.jsonl`.
+    def add(
+        self, update: int, turns: Sequence[Turn], targets: Sequence[tuple[Tensor, int] | None]
+    ) -> None:
+        """Keep targets and write those of all ranks to `NNNNNN.jsonl`, in the order of one process.
 
         Args:
             update: number of the update.
-            targets: (turn, ids, trained tokens) of each.
+            turns: of this rank, ordered by time, then by environment.
+            targets: (ids, trained tokens) of each turn; None where it has none.
         """
-        lines = []
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for turn, ids, count in targets:
-            name = self._keep_frame(turn.observed.frame)
-            target = Target(frame=name, prompt=turn.prompt, response_ids=ids, thought_tokens=count)
-            self.targets.append(target)
+        rows: list[dict[str, Any] | None] = []
+        fresh: dict[str, bytes] = {}
+        for turn, target in zip(turns, targets, strict=True):
+            if target is None:
+                rows.append(None)
+                continue
+            name = self._keep_frame(turn.observed.frame, fresh)
             self._remember(name, turn.prompt, turn.observed)
-            lines.append(
-                json.dumps(
-                    {
-                        "frame": name,
-                        "prompt": turn.prompt,
-                        "response_ids": ids.tolist(),
-                        "thought_tokens": count,
-                    }
-                )
+            rows.append(
+                {
+                    "frame": name,
+                    "prompt": turn.prompt,
+                    "response_ids": target[0].tolist(),
+                    "thought_tokens": target[1],
+                    "env": turn.env_index,
+                }
             )
-        _write(
-            self._folder / f"{update:06d}.jsonl", "".join(f"{line}\n" for line in lines).encode()
-        )
+        own = len({turn.env_index for turn in turns})
+        kept = [row for row in by_time(self.ranks.gather(rows), own) if row is not None]
+        self.targets += [self._target(row) for row in kept]
+        self._write_frames(fresh)
+        if self.ranks.first:
+            lines = "".join(f"{json.dumps(row)}\n" for row in kept)
+            _write(self._folder / f"{update:06d}.jsonl", lines.encode())
         self._forget()
 
-    def _keep_frame(self, frame: np.ndarray) -> str:
+    def _target(self, row: Mapping[str, Any]) -> Target:
+        env = int(row["env"]) if "env" in row else 0  # rows of older runs do not say it
+        return Target(
+            frame=row["frame"],
+            prompt=row["prompt"],
+            response_ids=torch.tensor(row["response_ids"]),
+            thought_tokens=int(row["thought_tokens"]),
+            rank=env // self._envs % self.ranks.world,
+        )
+
+    def _keep_frame(self, frame: np.ndarray, fresh: dict[str, bytes]) -> str:
         name = hashlib.sha256(frame.tobytes()).hexdigest()[:16]
         if name not in self._frames:
             stream = io.BytesIO()
             Image.fromarray(frame).save(stream, format="png")
-            self._frames[name] = stream.getvalue()
-            path = self._folder / "frames" / f"{name}.png"
-            if not path.exists():
-                path.parent.mkdir(exist_ok=True)
-                _write(path, stream.getvalue())
+            self._frames[name] = fresh[name] = stream.getvalue()
         return name
+
+    def _write_frames(self, fresh: Mapping[str, bytes]) -> None:
+        """Store what the ranks have seen for the first time."""
+        sizes = self.ranks.gather({name: len(png) for name, png in fresh.items()})
+        folder = self._folder / "frames"
+        if self.ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+        for names, data in zip(sizes, self.ranks.to_first(b"".join(fresh.values())), strict=False):
+            at = 0
+            for name, size in names.items():
+                path = folder / f"{name}.png"
+                if not path.exists():
+                    _write(path, data[at : at + size])
+                at += size
 
     def _remember(self, name: str, prompt: str, observed: Observed) -> None:
         """Keep an observation without its frame; turns with one frame share its features."""
@@ -219,7 +258,7 @@ class Memory:
         if not self._limit or len(self.targets) <= self._limit:
             return
         del self.targets[: len(self.targets) - self._limit]
-        shown = {target.frame for target in self.targets}
+        shown = {target.frame for target in self.own(self.targets)}
         self._frames = {name: png for name, png in self._frames.items() if name in shown}
         self._seen = {key: seen for key, seen in self._seen.items() if key[0] in shown}
         self._features = {name: kept for name, kept in self._features.items() if name in shown}
@@ -233,18 +272,13 @@ class Memory:
         """
         for file in sorted(self._folder.glob("[0-9]*.jsonl")):
             if int(file.stem) > update:
-                file.unlink()
+                if self.ranks.first:
+                    file.unlink()
                 continue
             for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
                 try:
-                    row: dict[str, Any] = json.loads(line)
-                    target = Target(
-                        frame=row["frame"],
-                        prompt=row["prompt"],
-                        response_ids=torch.tensor(row["response_ids"]),
-                        thought_tokens=int(row["thought_tokens"]),
-                    )
-                    if target.frame not in self._frames:
+                    target = self._target(json.loads(line))
+                    if self.own([target]) and target.frame not in self._frames:
                         path = self._folder / "frames" / f"{target.frame}.png"
                         self._frames[target.frame] = path.read_bytes()
                 except (ValueError, KeyError, TypeError) as error:
@@ -252,17 +286,19 @@ class Memory:
                 self.targets.append(target)
         self._forget()
 
-    def draw(
-        self, count: int, generator: torch.Generator, policy: Policy
-    ) -> tuple[list[Observed], list[Target]]:
-        """Random targets and their observations; fewer than `count` only if there are fewer."""
+    def own(self, targets: Sequence[Target]) -> list[Target]:
+        """Those that this rank trains."""
+        return [target for target in targets if target.rank == self.ranks.rank]
+
+    def draw(self, count: int, generator: torch.Generator) -> list[Target]:
+        """Random targets, of all ranks; fewer than `count` only if there are fewer."""
         rows = torch.randperm(len(self.targets), generator=generator)[:count].tolist()
-        chosen = [self.targets[row] for row in rows]
-        missing = list(
-            dict.fromkeys(
-                (t.frame, t.prompt) for t in chosen if (t.frame, t.prompt) not in self._seen
-            )
-        )
+        return [self.targets[row] for row in rows]
+
+    def observe(self, targets: Sequence[Target], policy: Policy) -> list[Observed]:
+        """What the agent saw before each of this rank's targets."""
+        keys = [(target.frame, target.prompt) for target in targets]
+        missing = list(dict.fromkeys(key for key in keys if key not in self._seen))
         fresh: dict[tuple[str, str], Observed] = {}
         if missing:
             frames = [np.asarray(Image.open(io.BytesIO(self._frames[f]))) for f, _ in missing]
@@ -270,8 +306,7 @@ class Memory:
             fresh = dict(zip(missing, observed, strict=True))
             for (name, prompt), seen in fresh.items():
                 self._remember(name, prompt, seen)
-        keys = [(target.frame, target.prompt) for target in chosen]
-        return [fresh[key] if key in fresh else self._seen[key] for key in keys], chosen
+        return [fresh[key] if key in fresh else self._seen[key] for key in keys]
 
 
 def teach(
@@ -290,38 +325,58 @@ def teach(
     written = write_thoughts(
         policy, turns, fields, config, sampling, generator, batch_turns=config.samples
     )
-    made = []
-    for turn, text in zip(turns, written.texts, strict=True):
-        if text is None:
-            continue
-        spliced = splice(
-            policy.processor, text, turn.text, fields, whole=guidance.tokens == "response"
-        )
-        if spliced is not None:
-            made.append((turn, *spliced))
-    memory.add(update, made)
+    whole = guidance.tokens == "response"
+    made = [
+        None if text is None else splice(policy.processor, text, turn.text, fields, whole=whole)
+        for turn, text in zip(turns, written.texts, strict=True)
+    ]
+    memory.add(update, turns, made)
     return written.metrics | {"imitation/collected": float(len(memory))}
 
 
 def imitation_loss(
-    policy: Policy, memory: Memory, count: int, generator: torch.Generator, *, microbatch: int
+    policy: Policy,
+    memory: Memory,
+    count: int,
+    generator: torch.Generator,
+    *,
+    microbatch: int,
+    idle: Turn | None = None,
 ) -> Iterator[tuple[Tensor, float]]:
-    """Cross-entropy on random targets, a part for each micro-batch.
+    """Cross-entropy on random targets, a part for each micro-batch of those of this rank.
+
+    Args:
+        policy: is scored.
+        memory: has the targets.
+        count: how many are drawn, over all ranks.
+        generator: draws; all ranks must give the same.
+        microbatch: targets of a forward pass.
+        idle: any turn, for forward passes that only other ranks need (sharded weights).
 
     Yields:
         (sum of the micro-batch's -log p over its trained tokens, divided by the number of trained tokens of all
         drawn targets; the weights' own temperature 1), its value.
     """
-    observed, targets = memory.draw(count, generator, policy)
-    inputs = make_inputs(observed, [t.response_ids for t in targets], policy.processor.pad_token_id)
-    masks, _ = pad([target.mask for target in targets], left=False, value=0)
-    total = int(masks.sum())
-    rows = by_length(inputs, torch.arange(len(targets)))
-    for part in rows.split(microbatch):
-        scores = score(policy, select(inputs, part), temperature=1.0)
-        mask = masks[part, : scores.logprobs.shape[1]].to(scores.logprobs.device)
-        loss = -(scores.logprobs * mask).sum() / total
-        yield loss, float(loss.detach())
+    drawn = memory.draw(count, generator)
+    total = sum(int(target.mask.sum()) for target in drawn)
+    own, pad_id = memory.own(drawn), policy.processor.pad_token_id
+    passes = -(-len(own) // microbatch)
+    if own:
+        inputs = make_inputs(
+            memory.observe(own, policy), [target.response_ids for target in own], pad_id
+        )
+        masks, _ = pad([target.mask for target in own], left=False, value=0)
+        for part in by_length(inputs, torch.arange(len(own))).split(microbatch):
+            scores = score(policy, select(inputs, part), temperature=1.0)
+            mask = masks[part, : scores.logprobs.shape[1]].to(scores.logprobs.device)
+            loss = -(scores.logprobs * mask).sum() / total
+            yield loss, float(loss.detach())
+    if policy.sharded:
+        assert idle is not None
+        most = Counter(target.rank for target in drawn).most_common(1)[0][1]
+        inputs = make_inputs([idle.observed], [idle.reply.response_ids], pad_id)
+        for _ in range(passes, -(-most // microbatch)):
+            yield 0.0 * score(policy, inputs, temperature=1.0).logprobs.sum(), 0.0
 
 
 def _small(observed: Observed) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from gtr_turbo.distributed.ranks import Ranks
 from gtr_turbo.turns.turn import Observed, Reply, Turn
+
+T = TypeVar("T")
 
 PLAIN = (
     "prompt", "text", "fields", "thought_tokens", "action", "valid", "legal", "reward", "format_reward",
@@ -58,10 +60,11 @@ def all_turns(turns: Sequence[Turn], ranks: Ranks) -> Sequence[Turn]:
     if ranks.world == 1:
         return turns
     parts = ranks.gather([to_json(turn) for turn in turns])
-    own = len({turn.env_index for turn in turns})
-    return [
-        from_json(record)
-        for at in range(0, len(turns), own)
-        for part in parts
-        for record in part[at : at + own]
-    ]
+    return [from_json(record) for record in by_time(parts, len({turn.env_index for turn in turns}))]
+
+
+def by_time(parts: Sequence[Sequence[T]], envs: int) -> Iterator[T]:
+    """What each rank has for its turns, ordered by time, then by environment; `envs` are of each rank."""
+    for at in range(0, len(parts[0]), envs):
+        for part in parts:
+            yield from part[at : at + envs]
