@@ -71,4 +71,4 @@ def test_the_household_starter_says_what_it_does_in_rooms_it_never_saw():
     ]
     assert sum(turn.valid for turn in made) >= 94
     assert sum(turn.facts.get("agreement", True) for turn in made) >= 90
-    assert 15 <= sum(turn.facts["admissible"] for turn in made) <= 90
+    assert sum(turn.facts["admissible"] for turn in made) >= 80
