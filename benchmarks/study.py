@@ -3,7 +3,9 @@
     python benchmarks/study.py NAME [--jobs 2] [--folder runs/study] [--summary]
 
 Runs lie in FOLDER/NAME. What `compare` says of them is copied to benchmarks/results/study: NAME.json and NAME.csv;
-and to docs/results, as NAME.html. `--summary` does so without starting a run. While kinds of guidance are compared,
+and to docs/results, as NAME.html. `--summary` does so without starting a run. Settings, metrics and summary of each
+finished run are kept in benchmarks/results/study/NAME, so that a study goes on from there on another machine; the
+runs of `stress` with `kl` serve the ablations too. While kinds of guidance are compared, the script
 examples/solver_corrector.py is served for `external`.
 """
 
@@ -34,9 +36,10 @@ def kinds(study: str) -> list[str]:
 
 
 STRESS = ["points24-token-stress", "--eval.episodes", "300", "--eval.extra_splits", "[]"]
+STRESS += ["--eval.interval", "10"]
 STUDIES: dict[str, list[str]] = {
     # which guidance, where RL alone loses its thoughts, and where it does not
-    "stress": [*STRESS, *kinds("stress"), "--eval.interval", "10"],
+    "stress": [*STRESS, *kinds("stress")],
     "points24": ["points24", *kinds("points24"), "--eval.interval", "10"],
     "ezpoints": ["ezpoints", *kinds("ezpoints"), "--eval.interval", "5"],
     "household": [
@@ -67,6 +70,18 @@ STUDIES: dict[str, list[str]] = {
         "3",
     ],
 }
+UNCHANGED = {
+    "merge": "teacher=ties,weights=sma",
+    "interval": "interval=1",
+    "tokens": "tokens=thought",
+    "estimator": "estimator=clip",
+    "credit": "credit=advantage",
+    "beta": "beta=20,center=true",
+}
+"""Of each ablation, the variant that has the settings of `stress` with `kl`."""
+KEPT = ("config.yaml", "metrics.jsonl", "summary.json")
+RESULTS = "benchmarks/results/study"
+"""Below ROOT."""
 
 
 def main() -> int:
@@ -85,16 +100,39 @@ def main() -> int:
     command = [sys.executable, "-m", "gtr_turbo", "compare", *STUDIES[options.name], *more]
     made = {name: out / name for name in ("compare.json", "compare.csv", "report.html")}
     before = {name: _written(path) for name, path in made.items()}
+    bring(options.name, out)
     serve = options.name in PORTS and not options.summary
     with solver(PORTS[options.name]) if serve else nullcontext():
         code = run(command)
-    results, pages = ROOT / "benchmarks/results/study", ROOT / "docs/results"
+    results, pages = ROOT / RESULTS, ROOT / "docs/results"
+    keep(out, results / options.name)
     for name, path in made.items():
         if _written(path) != before[name]:
             folder = pages if path.suffix == ".html" else results
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / f"{options.name}{path.suffix}")
     return code
+
+
+def bring(study: str, out: Path) -> None:
+    """Put the kept runs of a study back where there is no run; `compare` refuses those with other settings."""
+    results = ROOT / RESULTS
+    kept = {run: run.relative_to(results / study) for run in (results / study).glob("*/seed*")}
+    if study in UNCHANGED:
+        same = (results / "stress/guidance=kl").glob("seed[0-2]")
+        kept |= {run: Path(UNCHANGED[study], run.name) for run in same}
+    for run, place in kept.items():
+        if not (out / place).exists():
+            shutil.copytree(run, out / place)
+
+
+def keep(out: Path, results: Path) -> None:
+    """Copy what is kept of each finished run."""
+    for summary in out.glob("*/seed*/summary.json"):
+        place = results / summary.parent.relative_to(out)
+        place.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            shutil.copyfile(summary.with_name(name), place / name)
 
 
 @contextmanager

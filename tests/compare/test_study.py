@@ -1,5 +1,6 @@
 """benchmarks/study.py: what it copies, and how it ends; `compare` is a script here."""
 
+import argparse
 import importlib.util
 import os
 import signal
@@ -9,6 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from gtr_turbo.compare import make_plan
+from gtr_turbo.settings import config_file, read_overrides
 
 STUDY = Path(__file__).parents[2] / "benchmarks" / "study.py"
 
@@ -45,6 +49,55 @@ def test_only_what_this_call_wrote_is_copied(study, tmp_path, monkeypatch):
     fake.write_text("#!/bin/sh\nexit 2\n")
     assert study.main() == 2
     assert not copied[0].exists()
+
+
+def a_run(folder, number):
+    folder.mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "run.lock"):
+        (folder / name).write_text(f"{number} {name}")
+
+
+def test_finished_runs_are_kept_and_come_back_on_another_machine(study, tmp_path):
+    made, kept, again = tmp_path / "made", tmp_path / "root" / study.RESULTS, tmp_path / "again"
+    a_run(made / "guidance=kl" / "seed0", 0)
+    a_run(made / "guidance=kl" / "seed3", 3)
+    a_run(made / "guidance=kl" / "seed1", 1)
+    (made / "guidance=kl" / "seed1" / "summary.json").unlink()  # not finished
+    study.keep(made, kept / "stress")
+    a_run(again / "guidance=kl" / "seed3", 33)
+    study.bring("stress", again)
+    found = {str(path.relative_to(again)): path.read_text() for path in again.rglob("*.*")}
+    assert found.pop("guidance=kl/seed3/run.lock") == "33 run.lock"
+    assert found == {
+        f"guidance=kl/seed{seed}/{name}": f"{number} {name}"
+        for seed, number in ((0, 0), (3, 33))  # what is there stays
+        for name in study.KEPT
+    }
+
+
+def test_the_runs_of_kl_serve_the_ablations_for_their_three_seeds(study, tmp_path):
+    for seed in (0, 3):
+        a_run(tmp_path / "root" / study.RESULTS / "stress" / "guidance=kl" / f"seed{seed}", seed)
+    study.bring("beta", tmp_path / "beta")
+    runs = [path.relative_to(tmp_path / "beta") for path in (tmp_path / "beta").glob("*/*")]
+    assert list(map(str, runs)) == ["beta=20,center=true/seed0"]
+
+
+def test_the_unchanged_variant_of_each_ablation_is_the_recipe_of_kl(study):
+    parser, plans = argparse.ArgumentParser(), {}
+    parser.add_argument("--vary", action="append")
+    parser.add_argument("--seeds")
+    for name in ("stress", *study.UNCHANGED):
+        recipe, *rest = study.STUDIES[name]
+        own, rest = parser.parse_known_args(rest)
+        over = read_overrides([part for part in rest if part])
+        over.pop("guidance", None)  # of `external` alone
+        plan = make_plan(
+            config_file(recipe), over, vary=own.vary, seeds=own.seeds, jobs=1, threads=1, out=None
+        )
+        plans[name] = {variant.label: variant.config for variant in plan.variants}
+    for name, label in study.UNCHANGED.items():
+        assert plans[name][label] == plans["stress"]["guidance=kl"]
 
 
 CHILD = """
