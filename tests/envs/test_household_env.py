@@ -97,6 +97,14 @@ def test_an_inadmissible_action_can_play_a_random_command_as_published():
     assert len(seen) > 3
 
 
+def test_an_inadmissible_action_can_be_the_end_as_a_mistake_is_in_the_card_games():
+    env, _, _ = household(illegal="end")
+    rewards, ends, info = steps(env, "look", "nonsense")
+    assert rewards == [0, -1]
+    assert ends == (True, False)  # the task is over: no future is worth anything
+    assert info["success"] is False
+
+
 def test_the_fifth_equal_action_ends_the_episode_as_a_rule_of_the_task():
     env, _, _ = household()
     rewards, ends, info = steps(env, *["look"] * 5)
@@ -200,7 +208,7 @@ def test_given_game_files_are_played(tmp_path):
     [
         ({"task": "cook"}, r"task='cook' is not one of any, place, two, light, clean, heat, cool"),
         ({"split": "held-out-multisets"}, "is not one of all, train, held-out"),
-        ({"illegal": "raise"}, "illegal='raise' is not one of nothing, random"),
+        ({"illegal": "raise"}, "illegal='raise' is not one of nothing, random, end"),
         ({"history": -1}, "history=-1 must be at least 0"),
         ({"size": 64}, "size=64 at least 300"),
         ({"expert": "human"}, "expert='human' is not one of oracle, search"),

@@ -25,7 +25,7 @@ TYPES = {"place": PLACE, "two": TWO, "light": LIGHT, "clean": CLEAN, "heat": HEA
 """What the option `task` calls ALFRED's task types."""
 SPLITS = ("all", "train", "held-out")
 BACKENDS = ("native", "textworld", "thor")
-ILLEGAL = ("nothing", "random")
+ILLEGAL = ("nothing", "random", "end")
 EXPERTS = ("oracle", "search")
 WON, INADMISSIBLE, CUT_SHORT = 50.0, -1.0, -3.0
 MAX_ACTIONS, MAX_EQUAL, MAX_STEPS = 40, 5, 50
@@ -55,7 +55,7 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         `thor` the image is the simulator's.
     Reward: 50 when the task is done, plus the change of the goal-condition fraction (ALFRED's), minus 1 for an
         inadmissible action.
-    Episode end: terminated when the task is done. With `early_truncation`, a step that does not do it ends the
+    Episode end: terminated when the task is done, and by an inadmissible action with `illegal: end`. With `early_truncation`, a step that does not do it ends the
         episode with a reward of -3: it is the fifth equal action in a row (terminated: a rule of the task), or
         beyond 40 actions (truncated). Truncated in any case after 50 actions.
         Truncated with a reward of 0 when the worker of another backend than `native` failed.
@@ -70,7 +70,8 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         split: `all`, `train` or `held-out`; of generated games only.
         history: how many past actions the prompt shows, at most.
         describe: add the text engine's feedback to the prompt.
-        illegal: an inadmissible action plays `nothing`, or a `random` command (published).
+        illegal: an inadmissible action plays `nothing`, or a `random` command (published), or is the `end` of the
+            episode, as a mistake is in the card games.
         early_truncation: end an episode that repeats itself, or is long.
         games: a `game.tw-pddl` of ALFWorld or a folder of them, to play instead of generated games; for `thor`
             a `traj_data.json` or a folder of them.
@@ -162,9 +163,9 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
     def step(self, action: str) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Play a command."""
         command = action.strip()
-        reward = 0.0
+        reward, ended = 0.0, False
         if command not in self._backend.commands:
-            reward = INADMISSIBLE
+            reward, ended = INADMISSIBLE, self._illegal == "end"
             command = command[:MAX_SHOWN]
             if self._illegal == "random":
                 some = self._backend.commands
@@ -179,8 +180,9 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         before, self._met = self._met, self._backend.fraction
         success = self._backend.won
         reward += WON * success + self._met - before
-        terminated, truncated = success, not success and len(self._past) >= MAX_STEPS
-        if self._early_truncation and not success:
+        terminated = success or ended
+        truncated = not terminated and len(self._past) >= MAX_STEPS
+        if self._early_truncation and not terminated:
             last = self._past[-MAX_EQUAL:]
             terminated = len(last) == MAX_EQUAL and len(set(last)) == 1
             truncated = not terminated and len(self._past) > MAX_ACTIONS
