@@ -146,16 +146,13 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
 
     def _reductions(self) -> dict[str, tuple[int, str, int]]:
         """Each step that can be made, as text; the arithmetic is left to the one that is made."""
-        left = self.left
-        names = list(map(str, left))
-        found: dict[str, tuple[int, str, int]] = {}
-        for i, operator, j in formula.pairings(left, self.operators):
+        names, found = list(map(str, self.left)), dict[str, tuple[int, str, int]]()
+        for i, operator, j in formula.pairings(self.left, self.operators):
             found.setdefault(names[i] + operator + names[j], (i, operator, j))
         return found
 
     def _reduce(self, action: str) -> bool:
-        chosen = self._reductions().get(action)
-        if chosen is not None:
+        if chosen := self._reductions().get(action):
             self.steps.append(formula.make_step(self.left, *chosen))
         return chosen is not None
 

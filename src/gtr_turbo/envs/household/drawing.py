@@ -136,9 +136,7 @@ def _line(
     return write(image, (left + bottom - top + 2, (top + bottom) / 2), name, text, share=0)
 
 
-@lru_cache(
-    maxsize=256
-)  # two for each of the episodes played side by side; a small one takes 100 kB
+@lru_cache(maxsize=256)  # of 100 episodes side by side, two each; a small one takes 100 kB
 def plan(
     receptacles: tuple[Receptacle, ...], start: Pose, size: int, names: bool, whole: bool
 ) -> Plan:
