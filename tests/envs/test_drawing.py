@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 from gtr_turbo.envs.cards import drawing
 from gtr_turbo.envs.cards.drawing import Card
@@ -83,3 +84,18 @@ def test_a_number_line_is_white_with_the_target_above_the_current_number():
 def test_the_shared_number_line_frame_cannot_be_written_to():
     with pytest.raises(ValueError, match="read-only"):
         drawing.number_line(2, 3)[0, 0] = 0
+
+
+def test_a_table_is_what_pillow_draws():
+    cards, lines = (
+        [Card(0, 0), Card(9, 1), Card(12, 2)],
+        [(175, "Formula:", 24), (212, "(7+5)*2,", 44)],
+    )
+    image = Image.new("RGB", (300, 300), drawing.TABLE)
+    for i, card in enumerate(cards):  # three cards begin in the first column
+        image.paste(drawing.card_face(card), (75 * i + 3, 40))
+    for top, text, size in lines:
+        fitted = drawing.fitting_font(text, size, 284)
+        ImageDraw.Draw(image).text((150, top), text, drawing.CREAM, fitted, anchor="mt")
+    for _ in range(2):  # drawn, then from memory
+        assert np.array_equal(drawing.table([(40, list(cards))], lines), image)

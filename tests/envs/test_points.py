@@ -530,3 +530,16 @@ def test_only_solvable_deals_are_dealt_when_asked():
         assert formula.solvable(filtered.unwrapped.numbers, 24)
         solvable += formula.solvable(plain.unwrapped.numbers, 24)
     assert 120 <= solvable <= 172  # 73.1 % of 200 is 146; four deviations are 25
+
+
+@pytest.mark.parametrize("ranks", ["8 3 5 Q", "7 7 7 A", "2 2 4 4"])
+def test_the_actions_of_a_reduction_are_the_solver_s_steps_in_its_order(ranks):
+    env = dealt(ranks, granularity="reduction").unwrapped
+    while len(env.left) > 1:
+        steps = {}
+        for _, _, step in formula.reductions(env.left):
+            steps.setdefault(f"{step.a}{step.operator}{step.b}", step)
+        assert env._info()["actions"] == [*steps, "="]
+        action = list(steps)[-1]  # divides, where it can
+        env.step(action)
+        assert env.steps[-1] == steps[action]

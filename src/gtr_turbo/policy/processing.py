@@ -8,6 +8,7 @@ through `transformers.AutoProcessor`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,20 +94,52 @@ class Processor:
 
     def image_inputs(self, frames: list[np.ndarray]) -> dict[str, Tensor]:
         """Image tensors of the model for `frames` (uint8 (H, W, 3)), concatenated along dimension 0."""
+        if not self.native:
+            return self._stock_inputs(frames)
+        # what the stock processor makes, to the bit, without its conversions: a pixel's value after rescaling
+        # and normalisation depends on its channel and level only, so it is looked up
+        stock, grids = self.image_processor, torch.cat([self.grid(frame) for frame in frames])
+        size = 3 * stock.temporal_patch_size * stock.patch_size**2
+        pixels = np.empty((int(grids.prod(1).sum()), size), np.float32)
+        at = 0
+        for frame in frames:
+            small = self.shrink(frame)
+            planes = np.stack([self._levels[c].take(small[..., c]) for c in range(3)])
+            patches, _, _ = stock.patchify(
+                planes, stock.patch_size, stock.merge_size, stock.temporal_patch_size
+            )
+            pixels[at : at + len(patches)] = patches
+            at += len(patches)
+        return {"pixel_values": torch.from_numpy(pixels), "image_grid_thw": grids}
+
+    def _stock_inputs(self, frames: list[np.ndarray]) -> dict[str, Tensor]:
         images = [Image.fromarray(frame) for frame in frames]
         return dict(self.image_processor(images=images, return_tensors="pt"))
+
+    @cached_property
+    def _levels(self) -> np.ndarray:
+        """(3, 256) float32: what the stock processor makes of each level of each channel."""
+        stock = self.image_processor
+        levels = np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1))  # an image of three channels
+        if stock.do_rescale:
+            levels = stock.rescale(levels, stock.rescale_factor)
+        if stock.do_normalize:
+            levels = stock.normalize(levels, stock.image_mean, stock.image_std)
+        return levels[:, 0].astype(np.float32)
 
     def shrink(self, frame: np.ndarray) -> np.ndarray:
         """The frame at the size the model sees, where that is known: `image_inputs` makes the same of it."""
         if not self.native:
             return frame
         _, height, width = (int(n) * self.image_processor.patch_size for n in self.grid(frame)[0])
-        return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+        return np.asarray(
+            Image.fromarray(frame).resize((width, height), self.image_processor.resample)
+        )
 
     def grid(self, frame: np.ndarray) -> Tensor:
         """(1, 3) patches in time, height and width of a frame of this size (Qwen's models)."""
         if frame.shape not in self._grids:
-            self._grids[frame.shape] = self.image_inputs([frame])["image_grid_thw"]
+            self._grids[frame.shape] = self._stock_inputs([frame])["image_grid_thw"]
         return self._grids[frame.shape]
 
     def encode(self, frames: list[np.ndarray], prompts: list[str]) -> list[Tensor]:

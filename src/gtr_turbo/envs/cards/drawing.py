@@ -6,11 +6,11 @@ Cards sit in columns of 75 pixels, a quarter of the frame, so that a vision towe
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 SIZE = 300
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
@@ -118,17 +118,38 @@ def table(
     Returns:
         uint8 (300, 300, 3).
     """
-    image = Image.new("RGB", (SIZE, SIZE), TABLE)
-    draw = ImageDraw.Draw(image)
+    frame = _bare().copy()
     for top, cards in rows:
         step = COLUMN if len(cards) <= 4 else (SIZE - COLUMN) / (len(cards) - 1)
         left = COLUMN * ((4 - len(cards)) // 2) if len(cards) <= 4 else 0
         for i, card in enumerate(cards):
-            image.paste(card_face(card), (round(left + i * step) + 3, top))
+            at = round(left + i * step) + 3
+            frame[top : top + CARD_HEIGHT, at : at + CARD_WIDTH] = _face_pixels(card)
     for top, text, size in lines:
-        fitted = fitting_font(text, size, SIZE - 16)
-        draw.text((SIZE / 2, top), text, CREAM, fitted, anchor="mt")
-    return np.asarray(image)
+        label = _label(text, size)
+        frame[top : top + len(label)] = label
+    frame.flags.writeable = False
+    return frame
+
+
+@cache
+def _bare() -> np.ndarray:
+    return np.full((SIZE, SIZE, 3), TABLE, np.uint8)
+
+
+@lru_cache(maxsize=53)
+def _face_pixels(card: Card | None) -> np.ndarray:
+    return np.asarray(card_face(card))
+
+
+@lru_cache(maxsize=1024)  # 30 kB each: most steps of most games
+def _label(text: str, size: int) -> np.ndarray:
+    """A line of text across the table, as high as its letters; uint8 (height, 300, 3)."""
+    image = Image.new("RGB", (SIZE, 2 * size), TABLE)
+    fitted = fitting_font(text, size, SIZE - 16)
+    ImageDraw.Draw(image).text((SIZE / 2, 0), text, CREAM, fitted, anchor="mt")
+    box = ImageChops.difference(image, Image.new("RGB", image.size, TABLE)).getbbox()
+    return np.asarray(image)[: box[3] if box else 0]
 
 
 @lru_cache(maxsize=64)

@@ -132,16 +132,26 @@ def reductions(
     numbers: Sequence[Fraction], operators: str = OPERATORS
 ) -> Iterator[tuple[int, int, Step]]:
     """All single steps from `numbers`: (index of a, index of b, step); order is by index and operator."""
-    for i, a in enumerate(numbers):
+    for i, operator, j in pairings(numbers, operators):
+        yield i, j, make_step(numbers, i, operator, j)
+
+
+def pairings(
+    numbers: Sequence[Fraction], operators: str = OPERATORS
+) -> Iterator[tuple[int, str, int]]:
+    """`reductions` before any arithmetic: (index of a, operator, index of b)."""
+    for i in range(len(numbers)):
         for j, b in enumerate(numbers):
-            if i == j:
-                continue
-            others = tuple(n for k, n in enumerate(numbers) if k not in (i, j))
-            for operator in operators:
-                if operator == "/" and b == 0:
-                    continue
-                result = apply(operator, a, b)
-                yield i, j, Step(a, operator, b, result, (result, *others))
+            if i != j:
+                yield from ((i, op, j) for op in operators if op != "/" or b != 0)
+
+
+def make_step(numbers: Sequence[Fraction], i: int, operator: str, j: int) -> Step:
+    """The step that combines numbers `i` and `j`."""
+    a, b = numbers[i], numbers[j]
+    result = apply(operator, a, b)
+    others = (n for k, n in enumerate(numbers) if k not in (i, j))
+    return Step(a, operator, b, result, (result, *others))
 
 
 def _wrap(operator: str, text: str, outer: str, *, right: bool) -> str:

@@ -144,17 +144,17 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
         self.tokens.append(token if legal else "")
         return legal
 
-    def _reductions(self) -> dict[str, Step]:
-        found: dict[str, Step] = {}
-        for _, _, step in formula.reductions(self.left, self.operators):
-            found.setdefault(f"{step.a}{step.operator}{step.b}", step)
+    def _reductions(self) -> dict[str, tuple[int, str, int]]:
+        """Each step that can be made, as text; the arithmetic is left to the one that is made."""
+        names, found = list(map(str, self.left)), dict[str, tuple[int, str, int]]()
+        for i, operator, j in formula.pairings(self.left, self.operators):
+            found.setdefault(names[i] + operator + names[j], (i, operator, j))
         return found
 
     def _reduce(self, action: str) -> bool:
-        step = self._reductions().get(action)
-        if step is not None:
-            self.steps.append(step)
-        return step is not None
+        if chosen := self._reductions().get(action):
+            self.steps.append(formula.make_step(self.left, *chosen))
+        return chosen is not None
 
     def _solved(self) -> bool:
         if self.granularity == "reduction":

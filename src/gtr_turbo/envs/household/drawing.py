@@ -136,7 +136,7 @@ def _line(
     return write(image, (left + bottom - top + 2, (top + bottom) / 2), name, text, share=0)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=256)  # of 100 episodes side by side, two each; a small one takes 100 kB
 def plan(
     receptacles: tuple[Receptacle, ...], start: Pose, size: int, names: bool, whole: bool
 ) -> Plan:
