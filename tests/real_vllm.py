@@ -75,7 +75,10 @@ def test_the_picture_is_seen(engine, policy):
     body = engine._body(changed, {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0})
     assert body["content_parts"][0]["url"] == picture(policy.processor.shrink(seen.frame * 0))
     body["token_ids"] = body["token_ids"] + reply.tolist()
-    theirs = torch.tensor(engine._generate(body, lambda a: read_scores(a, reply.tolist())))
+    name = engine._names["student"]
+    theirs = torch.tensor(
+        engine._link.generate(name, body, lambda a: read_scores(a, reply.tolist()))
+    )
     assert (theirs - ours[1]).abs().max() < 1e-3
     assert (ours[0] - ours[1]).abs().max() > 1e-2
 
@@ -114,8 +117,9 @@ def test_a_changed_adapter_changes_the_replies_and_the_probe_sees_it(engine, pol
 
 
 def test_vllm_that_lost_the_adapter_gets_it_again(engine, policy):
-    engine._load()  # one that it has
-    engine._client.unload_adapter(engine._adapter)
+    (name,) = engine._names.values()
+    engine._link._load(name)  # one that it has
+    engine._link.client.unload_adapter(name)
     assert len(write(engine, policy, 2)) == 2
     assert engine.metrics()["engine/logprob_gap"] < 1e-3
 
@@ -124,7 +128,7 @@ def test_train_runs_two_updates_with_the_engine(engine, tiny25, tmp_path):
     """With the server that there is, or with an engine of the run's own."""
     vllm = {"mode": "inprocess", "max_model_len": 512, "arguments": ["--enforce-eager"]}
     if engine._config.mode == "server":
-        vllm = {"base_url": engine._client.url}
+        vllm = {"base_url": engine._link.client.url}
     config = tmp_path / "small.yaml"
     config.write_text(
         json.dumps(

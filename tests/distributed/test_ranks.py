@@ -19,7 +19,7 @@ from gtr_turbo.config import DistributedConfig, EnvConfig, ModelConfig, RolloutC
 from gtr_turbo.distributed import launch as launching
 from gtr_turbo.distributed.launch import Launch, launch
 from gtr_turbo.settings import dump_config
-from gtr_turbo.teacher.imitation import Memory
+from gtr_turbo.teacher.collection import Memory
 from gtr_turbo.teaching_config import ExternalConfig, GuidanceConfig
 from tiny import Silent, scripted, settings
 
