@@ -146,7 +146,7 @@ def low_rank(change: Tensor, rank: int, *, passes: int = 4) -> tuple[Tensor, Ten
         change: (out, in) float32.
         rank: r.
         passes: power iterations. With 4, of the TIES of 10 drifting adapters it keeps within 0.1 % of the squared
-            norm that the best factors keep (`tests/merging/test_lora.py`).
+            norm that the best factors keep (`tests/policy/test_cut.py`).
 
     Returns:
         A (r, in) and B (out, r), zero where the matrix has a smaller side; on its device.

@@ -52,11 +52,16 @@ def mistaken_for(
         noise: mean gap between both sides where the weights are known to be the same, nats per token.
 
     Returns:
-        Which, or None; others that differ from `ours` by no more than a few times the noise cannot be told.
+        The nearest, or None; others that differ from `ours` by no more than a few times the noise are left out.
     """
-    gap = float((theirs - ours).abs().mean())
-    for name, other in others.items():
-        apart = float((other - ours).abs().mean()) > NOISE * noise + LEAST_CHANGE
-        if apart and float((theirs - other).abs().mean()) <= gap:
-            return name
-    return None
+
+    def distance(one: Tensor, two: Tensor) -> float:
+        return float((one - two).abs().mean())
+
+    told = [
+        n for n, other in others.items() if distance(other, ours) > NOISE * noise + LEAST_CHANGE
+    ]
+    nearest = min(told, key=lambda name: distance(theirs, others[name]), default=None)
+    if nearest is None or distance(theirs, others[nearest]) > distance(theirs, ours):
+        return None
+    return nearest
