@@ -79,7 +79,7 @@ class Fake(http.server.ThreadingHTTPServer):
         self.policy, self.script, self.lock = policy, list(script), threading.RLock()
         self.requests, self.keys, self.loaded, self.deaf = [], [], {}, False
         self.serve, self.says = lambda name: self.loaded[name], None
-        self.wake = threading.Event()
+        self.wake, self.unknown = threading.Event(), 0
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle(self, path, body):
@@ -89,9 +89,10 @@ class Fake(http.server.ThreadingHTTPServer):
             self.loaded[body["lora_name"]] = read_adapter(body["lora_path"])
             return 200, b"Success"
         if path == "/v1/unload_lora_adapter":
-            del self.loaded[body["lora_name"]]
-            return 200, b"Success"
+            known = self.loaded.pop(body["lora_name"], None) is not None
+            return (200, b"Success") if known else (404, {"error": {"message": "No such adapter."}})
         if body["model"] not in self.loaded:
+            self.unknown += 1
             return 404, {"error": {"message": f"The model {body['model']} does not exist."}}
         return 200, self.answer(path, body)
 
@@ -139,14 +140,15 @@ class Fake(http.server.ThreadingHTTPServer):
                 {str(t): {"logprob": x}} for t, x in zip(ids[start:], rows, strict=True)
             ]
         seen = replace(seen, prompt_ids=prompt, positions=positions)
-        (reply,) = generate(
-            policy, [seen], SamplingConfig(max_new_tokens=settings["max_tokens"]),
-            torch.Generator().manual_seed(settings.get("seed", 0)),
-            greedy=settings["temperature"] == 0,
-        )  # fmt: skip
-        written = reply.response_ids
         if self.says is not None and "seed" in settings:
             written = policy.processor.reply_ids(self.says(settings["seed"]))
+        else:
+            (reply,) = generate(
+                policy, [seen], SamplingConfig(max_new_tokens=settings["max_tokens"]),
+                torch.Generator().manual_seed(settings.get("seed", 0)),
+                greedy=settings["temperature"] == 0,
+            )  # fmt: skip
+            written = reply.response_ids
         made = written.tolist()
         content = [
             {"token_id": t, "logprob": x} for t, x in zip(made, own(seen, written), strict=True)
@@ -354,6 +356,7 @@ class Mortal(Handler):
 
 if __name__ == "__main__":
     STATE = Path(sys.argv[1])
+    STATE.with_suffix(".environment").write_text(json.dumps(dict(os.environ)))
     if json.loads(STATE.read_text()).get("broken"):
         sys.exit("ValueError: no such model")
     port = int(sys.argv[sys.argv.index("--port") + 1])

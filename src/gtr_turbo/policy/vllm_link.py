@@ -174,6 +174,7 @@ def content_name(what: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256(what.encode())
     for name, tensor in sorted(tensors):
         digest.update(name.encode())
-        data = tensor.detach().cpu().contiguous().flatten()
+        # a copy: memory that numpy has seen cannot be freed when gathered weights are cut again
+        data = tensor.detach().cpu().clone().contiguous().flatten()
         digest.update(data.view(torch.uint8).numpy().tobytes())
     return f"{what.partition(' ')[0]}-{digest.hexdigest()[:16]}"
