@@ -5,6 +5,8 @@ One server for all tests, started as a run starts it, then one engine in this pr
 
 import json
 import multiprocessing
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -161,7 +163,7 @@ def test_agent_and_teacher_write_side_by_side_each_with_its_own_adapter(engine, 
 
 
 def test_a_new_teacher_takes_the_place_of_the_old_one(engine, policy):
-    policy.load_teacher(merge_of(policy, seed=4))
+    policy.load_teacher(merge_of(policy, seed=4 if engine._config.mode == "server" else 5))
     before = engine._names["teacher"]
     engine.refresh_teacher()
     assert [path.name for path in engine._folder.glob("teacher-*")] == [engine._names["teacher"]]
@@ -183,7 +185,7 @@ def test_vllm_that_lost_the_adapter_gets_it_again(engine, policy):
 
 
 def test_train_runs_two_updates_with_the_engine(engine, tiny25, tmp_path):
-    """With the server that there is, or with an engine of the run's own."""
+    """Two ranks with the server that there is, or one process with an engine of its own."""
     vllm = {"mode": "inprocess", "max_model_len": 512, "arguments": ["--enforce-eager"]}
     if engine._config.mode == "server":
         vllm = {"base_url": engine._link.client.url}
@@ -205,7 +207,14 @@ def test_train_runs_two_updates_with_the_engine(engine, tiny25, tmp_path):
         )
     )  # fmt: skip
     run = tmp_path / "run"
-    assert main(["train", "--config", str(config), "--run", str(run)]) == 0
+    words = ["train", "--config", str(config), "--run", str(run)]
+    if engine._config.mode == "server":
+        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        job = [sys.executable, *ranks, "-m", "--", "gtr_turbo", *words]
+        done = subprocess.run(job, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        assert main(words) == 0
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in rows] == [1, 2]
     assert all(row["engine/logprob_gap"] < 0.01 for row in rows)

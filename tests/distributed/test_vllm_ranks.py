@@ -3,15 +3,16 @@
 import json
 
 import pytest
+import yaml
 from test_ranks import HERE, end, free_port, rows_of, start, torchrun
 from vllm_job import config_of
 
 from gtr_turbo.checks import ConfigError
-from gtr_turbo.config import ModelConfig, RolloutConfig, VllmConfig
+from gtr_turbo.config import ModelConfig, RolloutConfig, TrainConfig, VllmConfig
 from gtr_turbo.distributed.ranks import Ranks
 from gtr_turbo.policy.vllm_link import Link
 from gtr_turbo.policy.vllm_server import own_environment
-from gtr_turbo.settings import dump_config
+from gtr_turbo.settings import build_config, dump_config
 from tiny import settings
 
 NOT_OF_THE_RUN = ("time/", "system/", "engine/sync_seconds", "engine/restarts")
@@ -115,6 +116,11 @@ def test_ranks_share_out_the_servers_in_their_order():
     assert [two.address(rank, 4)[7] for rank in range(4)] == ["a", "a", "b", "b"]
     assert VllmConfig().address(1, 2) is None
     two.check_world(4)
+    stored = yaml.safe_load(
+        dump_config(settings("x", rollout=RolloutConfig(turns_per_env=2, vllm=two)))
+    )
+    assert stored["rollout"]["vllm"]["base_url"] == ["http://a:1", "http://b:1"]
+    assert build_config(TrainConfig, stored).rollout.vllm == two
     with pytest.raises(ConfigError, match=r"2 addresses for 3 ranks: .* must divide"):
         two.check_world(3)
     with pytest.raises(ConfigError, match="2 addresses for 1 rank: "):

@@ -22,6 +22,10 @@ from gtr_turbo.trainer import train
 from tiny import Silent, make_policy, observations, perturb, scripted, settings
 
 FIELDS = ("cards", "formula", "thoughts", "action")
+ENGINE = {
+    "engine/logprob_gap", "engine/restarts", "engine/sync_seconds", "engine/probe_change",
+    "engine/probe_change_wanted", "engine/teacher_energy", "engine/teacher_gap",
+}  # fmt: skip
 SFT = GuidanceConfig(kind="sft", imitation=ImitationConfig(samples=4, retries=0))
 
 
@@ -320,6 +324,7 @@ def test_in_a_run_vllm_writes_agent_and_teacher_and_the_trainer_decodes_nothing(
     energy = [row["engine/teacher_energy"] for row in view.rows]
     assert energy[0] == 1  # the first teacher is the start
     assert all(0.5 < share < 1 for share in energy[1:])
+    assert {name for name in view.rows[1] if name.startswith("engine/")} == ENGINE
     assert set(view.rows[1]) - set(view.rows[0]) == {
         "engine/probe_change",
         "engine/probe_change_wanted",
