@@ -26,10 +26,13 @@ EXTERNAL = {f"external/failed_{kind}" for kind in FAULTS} | {
         "bad_tool_calls", "tokens_in", "tokens_out", "latency", "calls_so_far", "dollars",
     )
 }  # fmt: skip
-ENGINE = {  # tests/policy/test_vllm.py compares them with a run
+ENGINE = {  # tests/policy/test_vllm.py and test_vllm_teacher.py compare them with runs
     f"engine/{name}"
-    for name in ("logprob_gap", "restarts", "sync_seconds", "probe_change", "probe_change_wanted")
-}
+    for name in (
+        "logprob_gap", "restarts", "sync_seconds", "probe_change", "probe_change_wanted", "teacher_energy",
+        "teacher_gap",
+    )
+}  # fmt: skip
 IMITATION = {f"imitation/{name}" for name in ("asked", "written", "tries", "collected", "loss")}
 
 

@@ -146,6 +146,17 @@ def test_vllm_takes_its_share_always_or_asleep_while_replies_are_written():
     assert asleep.microbatch > awake.microbatch
 
 
+def test_a_teacher_cut_to_twice_the_agents_rank_takes_twice_its_adapters_on_the_host():
+    def plan(kind):
+        rollout = {"engine": "vllm", "vllm": {"teacher_rank": 256}}
+        over = {"model": {"vision": "frozen"}, "rollout": rollout, "guidance": {"kind": kind}}
+        return make_plan(recipe("points24-qwen2.5-vl-7b", **over), gpus="1x80GB").memory
+
+    memory = plan("sft")
+    assert memory.host["the teacher as an adapter"] == 2 * memory.always["adapters"]
+    assert "the teacher as an adapter" not in plan("kl").host
+
+
 def test_more_gpus_share_the_work_but_not_the_merge(seven):
     two = make_plan(recipe("points24-qwen2.5-vl-7b"), gpus="2x80GB")
     halved = ("write replies", "score again", "learn")

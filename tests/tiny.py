@@ -26,9 +26,9 @@ from gtr_turbo.turns.batch import make_inputs
 from gtr_turbo.turns.turn import Reply
 
 
-def make_policy(path, *, temperature=0.7, seed=0, **model):
-    model = {"attention": "eager", **model}
-    return Policy(ModelConfig(path=str(path), **model), temperature=temperature, seed=seed)
+def make_policy(path, *, temperature=0.7, seed=0, teacher_rank=None, **model):
+    config = ModelConfig(path=str(path), **{"attention": "eager", **model})
+    return Policy(config, temperature=temperature, seed=seed, teacher_rank=teacher_rank)
 
 
 def settings(path, **groups):

@@ -326,11 +326,14 @@ class TrainConfig:
         if world > 1 and waits and external.wait_s >= limit:
             about = f"distributed.timeout_s={limit:g} must be above guidance.external.wait_s"
             raise ConfigError(f"{about}={external.wait_s:g}; raise it, or lower the other")
-        if world > 1 and self.rollout.engine == "vllm":
-            raise ConfigError(
-                "rollout.engine='vllm' trains in one process only: ranks would each start a server and send it "
-                "adapters; start without torchrun, or set rollout.engine to hf"
-            )
+        if self.rollout.engine == "vllm":
+            self.rollout.vllm.check_world(world)
+
+    @property
+    def teacher_rank(self) -> int | None:
+        """`rollout.vllm.teacher_rank`, if it is vLLM that writes the teacher's thoughts."""
+        writes = self.rollout.engine == "vllm" and self.guidance.kind == "sft"
+        return self.rollout.vllm.teacher_rank if writes else None
 
     @property
     def history(self) -> str:

@@ -144,8 +144,6 @@ def evaluate(
         on_episode: told how many episodes are done.
         engine: writes the replies of the agent's own weights; None decodes in this process.
     """
-    if engine is not None:
-        engine.refresh()
     ranks = policy.ranks
     own = range(ranks.rank, episodes, ranks.world)
     path = (0, *ranks.own_stream) if ranks.own_stream else ()
@@ -166,6 +164,8 @@ def evaluate(
     records: list[Episode] = []
     facts: Facts = {}
     with policy.whole():
+        if engine is not None:
+            engine.refresh()
         if own:
             made = envs(env, split, seed, count=min(max(1, env.num_envs // ranks.world), len(own)))
             records, facts = _episodes(player, made, own, seed, told)

@@ -20,10 +20,11 @@ from gtr_turbo.policy.engine import Engine
 from gtr_turbo.policy.memory import CudaMeter, Microbatch
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.vllm import VllmEngine
+from gtr_turbo.teacher.collection import Memory
 from gtr_turbo.teacher.external import Corrector, correct
 from gtr_turbo.teacher.guidance import guide
 from gtr_turbo.teacher.history import FactorHistory, History
-from gtr_turbo.teacher.imitation import Memory, imitation_loss, teach
+from gtr_turbo.teacher.imitation import imitation_loss, teach
 from gtr_turbo.tracking import Clock
 from gtr_turbo.turns.batch import Batch, make_batch
 from gtr_turbo.turns.turn import Turn
@@ -53,6 +54,7 @@ class Learner:
             seed=config.seed,
             ranks=ranks,
             shard=config.distributed.shard,
+            teacher_rank=config.teacher_rank,
         )
         self.engine: Engine | None = None
         if config.rollout.engine == "vllm":
@@ -119,7 +121,6 @@ class Learner:
             turns = collect(
                 self._envs, policy, config.sampling, config.rollout, generator, self.engine
             )
-        engine = self.engine.metrics() if self.engine is not None else {}
         clock.lap("collect")
         batch = make_batch(turns, self._own_envs, policy.processor.pad_token_id)
         self._micro.measure(policy, batch.inputs.observed, config.sampling.max_new_tokens)
@@ -130,8 +131,9 @@ class Learner:
             )
         clock.lap("guide")
         told, imitation = _imitate(
-            policy, turns, self._envs, self._memory, self._corrector, config, iteration
+            policy, turns, self._envs, self._memory, self._corrector, self.engine, config, iteration
         )
+        engine = self.engine.metrics() if self.engine is not None else {}
         clock.lap("teach")
         batch = credit(batch, ranks, **_credit(config))
         stats = update(
@@ -217,6 +219,7 @@ def _imitate(
     envs: Envs,
     memory: Memory,
     corrector: Corrector | None,
+    engine: Engine | None,
     config: TrainConfig,
     iteration: int,
 ) -> tuple[dict[str, float], Imitation | None]:
@@ -247,6 +250,7 @@ def _imitate(
             config.sampling,
             generator,
             update=iteration + 1,
+            engine=None if config.teacher_rank is None else engine,
         )
     else:
         return {}, None

@@ -17,8 +17,9 @@ class VllmConfig:
 
     mode: Literal["server", "inprocess"] = "server"
     """A server spoken to over HTTP, or an engine that the trainer itself holds."""
-    base_url: str | None = None
-    """Address of a server that runs, such as http://HOST:8000; null starts one for the run and stops it after."""
+    base_url: str | tuple[str, ...] | None = None
+    """Address of a server that runs, such as http://HOST:8000, or a list of several, which the ranks share out in
+    their order; null starts one for each rank and stops it after."""
     python: str | None = None
     """Python of an environment that has vLLM, to start the server with; null is the trainer's own."""
     arguments: tuple[str, ...] = ()
@@ -29,6 +30,9 @@ class VllmConfig:
     """Let vLLM, if it is the run's own, free that memory whenever no replies are written (GPU only)."""
     max_model_len: int = 4096
     """Tokens of prompt and reply that vLLM has room for."""
+    teacher_rank: int | None = None
+    """With `guidance.kind: sft`: vLLM writes the merge's thoughts, with its change cut to an adapter of this rank
+    (`engine/teacher_energy` is what the cut keeps); null: the trainer writes them, with the exact merge."""
     concurrency: int = 64
     """Requests in flight."""
     startup_s: float = 900.0
@@ -47,7 +51,7 @@ class VllmConfig:
         not_negative(self, "retries", "restarts")
         if not 0 < self.gpu_memory <= 1:
             raise ConfigError(f"rollout.vllm.gpu_memory={self.gpu_memory} must be in (0, 1]")
-        if self.mode == "inprocess" and (self.base_url or self.python):
+        if self.mode == "inprocess" and (self.base_url is not None or self.python):
             raise ConfigError(
                 "rollout.vllm.mode='inprocess' is vLLM in the trainer's own Python: leave rollout.vllm.base_url "
                 "and rollout.vllm.python at null, or set the mode to server"
@@ -57,10 +61,35 @@ class VllmConfig:
                 "rollout.vllm.sleep=true is for vLLM on the trainer's GPU: leave rollout.vllm.base_url at null, or "
                 "set sleep to false"
             )
-        if self.base_url is not None and not (
-            is_base_url(self.base_url) and not self.base_url.rstrip("/").endswith("/v1")
-        ):
+        if self.teacher_rank is not None:
+            positive(self, "teacher_rank")
+        for url in self.addresses:
+            if not is_base_url(url) or url.rstrip("/").endswith("/v1"):
+                raise ConfigError(
+                    "rollout.vllm.base_url must be http(s)://HOST[:PORT], or a list of such, without /v1, user, "
+                    "password, query or fragment (a key is read from the environment variable VLLM_API_KEY)"
+                )
+        if self.base_url is not None and not self.base_url:
+            raise ConfigError("rollout.vllm.base_url=[] names no server; give an address, or null")
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Of servers that run; none if each rank has its own."""
+        return (self.base_url,) if isinstance(self.base_url, str) else self.base_url or ()
+
+    def check_world(self, world: int) -> None:
+        """Refuse servers that the ranks cannot share out evenly.
+
+        Raises:
+            ConfigError: says how many there are.
+        """
+        if self.addresses and world % len(self.addresses):
             raise ConfigError(
-                "rollout.vllm.base_url must be http(s)://HOST[:PORT], without /v1, user, password, query or "
-                "fragment (a key is read from the environment variable VLLM_API_KEY)"
+                f"rollout.vllm.base_url has {len(self.addresses)} addresses for {world} "
+                f"{'rank' if world == 1 else 'ranks'}: their number must divide that of the ranks, such as one for "
+                "all or one for each"
             )
+
+    def address(self, rank: int, world: int) -> str | None:
+        """The server of a rank; consecutive ranks have the same."""
+        return self.addresses[rank * len(self.addresses) // world] if self.addresses else None

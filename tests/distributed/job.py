@@ -30,10 +30,11 @@ from gtr_turbo.policy.memory import USED, Microbatch
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.scoring import score
 from gtr_turbo.teacher import imitation
+from gtr_turbo.teacher.collection import Memory
 from gtr_turbo.teacher.external import Corrector, correct
 from gtr_turbo.teacher.guidance import guide
 from gtr_turbo.teacher.history import History
-from gtr_turbo.teacher.imitation import Memory, imitation_loss, splice
+from gtr_turbo.teacher.imitation import imitation_loss, splice
 from gtr_turbo.teaching_config import (
     BudgetConfig,
     ExternalConfig,

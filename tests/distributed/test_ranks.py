@@ -15,11 +15,11 @@ from gtr_turbo import checkpoint, trainer
 from gtr_turbo.checkpoint import own_folder
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.cli import main
-from gtr_turbo.config import DistributedConfig, EnvConfig, ModelConfig, RolloutConfig
+from gtr_turbo.config import DistributedConfig, EnvConfig, ModelConfig, RolloutConfig, VllmConfig
 from gtr_turbo.distributed import launch as launching
 from gtr_turbo.distributed.launch import Launch, launch
 from gtr_turbo.settings import dump_config
-from gtr_turbo.teacher.imitation import Memory
+from gtr_turbo.teacher.collection import Memory
 from gtr_turbo.teaching_config import ExternalConfig, GuidanceConfig
 from tiny import Silent, scripted, settings
 
@@ -338,10 +338,14 @@ def test_restarts_need_a_run_folder(among, capsys):
         (
             {
                 "model": ModelConfig(path="x", train="lora"),
-                "rollout": RolloutConfig(turns_per_env=2, engine="vllm"),
+                "rollout": RolloutConfig(
+                    turns_per_env=2,
+                    engine="vllm",
+                    vllm=VllmConfig(base_url=("http://a:1", "http://b:1")),
+                ),
             },
-            2,
-            "rollout.engine='vllm' trains in one process only",
+            1,
+            "2 addresses for 1 rank",
         ),
         (
             {

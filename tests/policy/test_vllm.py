@@ -346,18 +346,18 @@ def own(policy, folder, **options):
 
 
 def gone(engine):
-    return engine._server._process is None
+    return engine._link.server._process is None
 
 
 def test_a_dead_server_is_started_again_and_the_turn_repeated(policy, tmp_path):
     engine = own(policy, tmp_path, state={"deaths": 2}, restarts=2)
     engine.refresh()
-    process = engine._server._process
+    process = engine._link.server._process
     replies = write(engine, policy, 1)
     assert replies[0].response_ids.tolist() == [policy.processor.end_token_id]
     assert engine.metrics()["engine/restarts"] == 2
     assert process.poll() is not None
-    last = engine._server._process
+    last = engine._link.server._process
     engine.close()
     assert last.poll() is not None
     assert gone(engine)
@@ -506,7 +506,7 @@ def test_an_engine_that_forgot_the_adapter_gets_it_again(policy, behind, tmp_pat
     with installed(monkeypatch, behind) as vllm:
         engine = inside(policy, tmp_path)
         engine.refresh()
-        engine._client._adapters.clear()
+        engine._link.client._adapters.clear()
         assert len(write(engine, policy, 1)) == 1
         assert vllm.calls.count("add_lora") == 2
         engine.close()
@@ -524,7 +524,7 @@ def test_a_request_that_failed_is_repeated(case, policy, behind, tmp_path, monke
     with installed(monkeypatch, behind, fault) as vllm:
         engine = inside(policy, tmp_path)
         engine.refresh()
-        engine._client._timeout_s = 2.0
+        engine._link.client._timeout_s = 2.0
         assert len(write(engine, policy, 1)) == 1
         assert len(vllm.engines) == 1
         engine.close()

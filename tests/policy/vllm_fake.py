@@ -67,7 +67,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Fake(http.server.ThreadingHTTPServer):
-    """Answers with `policy`, into which adapters are loaded; `deaf` ones change nothing."""
+    """Answers with `policy`, into which adapters are loaded; `deaf` ones change nothing.
+
+    `serve` says which weights a name stands for, and `says`, if given, what is replied: seed -> text.
+    """
 
     daemon_threads = True
 
@@ -75,7 +78,8 @@ class Fake(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.policy, self.script, self.lock = policy, list(script), threading.RLock()
         self.requests, self.keys, self.loaded, self.deaf = [], [], {}, False
-        self.wake = threading.Event()
+        self.serve, self.says = lambda name: self.loaded[name], None
+        self.wake, self.unknown = threading.Event(), 0
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle(self, path, body):
@@ -85,9 +89,10 @@ class Fake(http.server.ThreadingHTTPServer):
             self.loaded[body["lora_name"]] = read_adapter(body["lora_path"])
             return 200, b"Success"
         if path == "/v1/unload_lora_adapter":
-            del self.loaded[body["lora_name"]]
-            return 200, b"Success"
+            known = self.loaded.pop(body["lora_name"], None) is not None
+            return (200, b"Success") if known else (404, {"error": {"message": "No such adapter."}})
         if body["model"] not in self.loaded:
+            self.unknown += 1
             return 404, {"error": {"message": f"The model {body['model']} does not exist."}}
         return 200, self.answer(path, body)
 
@@ -103,9 +108,11 @@ class Fake(http.server.ThreadingHTTPServer):
 
         policy, settings = self.policy, body["sampling_params"]
         if not self.deaf:
-            with torch.no_grad():
-                for name, tensor in self.loaded[body["model"]].items():
-                    policy.model.get_parameter(name).copy_(tensor)
+            scale, tensors = self.serve(body["model"])
+            for name, tensor in tensors.items():
+                policy.model.get_parameter(name).data = tensor  # its rank may be another
+            for _, layer in policy._adapted():
+                layer.scaling["default"] = scale
         (part,) = body["content_parts"]
         frame = np.asarray(Image.open(io.BytesIO(base64.b64decode(part["url"].split(",")[1]))))
         (seen,) = policy.observe([frame], [""])
@@ -133,15 +140,18 @@ class Fake(http.server.ThreadingHTTPServer):
                 {str(t): {"logprob": x}} for t, x in zip(ids[start:], rows, strict=True)
             ]
         seen = replace(seen, prompt_ids=prompt, positions=positions)
-        (reply,) = generate(
-            policy, [seen], SamplingConfig(max_new_tokens=settings["max_tokens"]),
-            torch.Generator().manual_seed(settings.get("seed", 0)),
-            greedy=settings["temperature"] == 0,
-        )  # fmt: skip
-        made = reply.response_ids.tolist()
+        if self.says is not None and "seed" in settings:
+            written = policy.processor.reply_ids(self.says(settings["seed"]))
+        else:
+            (reply,) = generate(
+                policy, [seen], SamplingConfig(max_new_tokens=settings["max_tokens"]),
+                torch.Generator().manual_seed(settings.get("seed", 0)),
+                greedy=settings["temperature"] == 0,
+            )  # fmt: skip
+            written = reply.response_ids
+        made = written.tolist()
         content = [
-            {"token_id": t, "logprob": x}
-            for t, x in zip(made, own(seen, reply.response_ids), strict=True)
+            {"token_id": t, "logprob": x} for t, x in zip(made, own(seen, written), strict=True)
         ]
         ended = "stop" if made[-1] in settings["stop_token_ids"] else "length"
         choice = {"token_ids": made, "finish_reason": ended, "logprobs": {"content": content}}
@@ -149,11 +159,13 @@ class Fake(http.server.ThreadingHTTPServer):
 
 
 def read_adapter(folder):
-    """Tensors of a PEFT folder, by the names of the parameters."""
+    """(scale, tensors by the names of the parameters) of a PEFT folder."""
     from safetensors.torch import load_file
 
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
     tensors = load_file(Path(folder) / "adapter_model.safetensors")
-    return {name.replace(".weight", ".default.weight"): t for name, t in tensors.items()}
+    named = {name.replace(".weight", ".default.weight"): t for name, t in tensors.items()}
+    return config["lora_alpha"] / config["r"], named
 
 
 @contextmanager
@@ -261,10 +273,11 @@ def output(answer):
 def installed(monkeypatch, policy, *script, broken=None):
     """Modules in place of vLLM's; `engines` are those that were made of them, `calls` what they all were told."""
     space, server = types.SimpleNamespace, Fake(policy, script)
-    made = space(engines=[], calls=[], words=[])
+    made = space(engines=[], calls=[], words=[], server=server, seen=[])
 
     def make(words):
         made.words.append(words)
+        made.seen.append(dict(os.environ))
         if broken is not None:
             raise broken
         made.engines.append(FakeEngine(server, made.calls))
@@ -343,6 +356,7 @@ class Mortal(Handler):
 
 if __name__ == "__main__":
     STATE = Path(sys.argv[1])
+    STATE.with_suffix(".environment").write_text(json.dumps(dict(os.environ)))
     if json.loads(STATE.read_text()).get("broken"):
         sys.exit("ValueError: no such model")
     port = int(sys.argv[sys.argv.index("--port") + 1])

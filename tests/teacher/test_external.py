@@ -22,9 +22,9 @@ from gtr_turbo.collect import Envs, collect
 from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig
 from gtr_turbo.envs import make_env
 from gtr_turbo.envs.cards.drawing import RANKS
+from gtr_turbo.teacher.collection import Memory
 from gtr_turbo.teacher.endpoint import FAULTS, Endpoint, retry_after
 from gtr_turbo.teacher.external import Corrector, correct
-from gtr_turbo.teacher.imitation import Memory
 from gtr_turbo.teacher.messages import answer_schema, problem
 from gtr_turbo.teaching_config import BudgetConfig, ExternalConfig, GuidanceConfig
 from tiny import make_policy, scripted

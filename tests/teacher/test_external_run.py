@@ -16,7 +16,8 @@ from gtr_turbo.checks import ConfigError
 from gtr_turbo.cli import main
 from gtr_turbo.config import PPOConfig, SamplingConfig
 from gtr_turbo.learning.update import TrainingError
-from gtr_turbo.teacher.imitation import Memory, imitation_loss
+from gtr_turbo.teacher.collection import Memory
+from gtr_turbo.teacher.imitation import imitation_loss
 from gtr_turbo.teaching_config import BudgetConfig, GuidanceConfig, ImitationConfig
 from gtr_turbo.trainer import train
 from tiny import Silent, make_policy, scripted, settings

@@ -12,7 +12,8 @@ from gtr_turbo.checks import ConfigError
 from gtr_turbo.collect import Envs, collect
 from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig
 from gtr_turbo.policy.scoring import score
-from gtr_turbo.teacher.imitation import Memory, imitation_loss, splice, teach, write_thoughts
+from gtr_turbo.teacher.collection import Memory
+from gtr_turbo.teacher.imitation import imitation_loss, splice, teach, write_thoughts
 from gtr_turbo.teaching_config import GuidanceConfig, ImitationConfig
 from gtr_turbo.trainer import train
 from tiny import Silent, inputs_of, make_policy, perturb, scripted, settings

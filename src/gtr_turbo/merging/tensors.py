@@ -136,6 +136,37 @@ class RunningTies:
         return out
 
 
+def low_rank(change: Tensor, rank: int, *, passes: int = 4) -> tuple[Tensor, Tensor]:
+    """The best factors of a rank for a matrix, nearly (Halko, Martinsson and Tropp 2011, algorithm 4.4).
+
+    A full SVD of a 7B model's largest layer takes minutes on a CPU; this is 2 + 2 * `passes` products with
+    rank + 16 columns. The sketch is always the same, so the result is too.
+
+    Args:
+        change: (out, in) float32.
+        rank: r.
+        passes: power iterations. With 4, of the TIES of 10 drifting adapters it keeps within 0.1 % of the squared
+            norm that the best factors keep (`tests/policy/test_cut.py`).
+
+    Returns:
+        A (r, in) and B (out, r), zero where the matrix has a smaller side; on its device.
+    """
+    out, into = change.shape
+    width = min(rank + 16, out, into)
+    draws = torch.Generator().manual_seed(0)
+    sketch = torch.randn(into, width, generator=draws).to(change.device)
+    basis = torch.linalg.qr(change @ sketch).Q
+    for _ in range(passes):
+        basis = torch.linalg.qr(change @ torch.linalg.qr(change.T @ basis).Q).Q
+    left, values, right = torch.linalg.svd(basis.T @ change, full_matrices=False)
+    kept = min(rank, width)
+    root = values[:kept].sqrt()
+    a, b = change.new_zeros(rank, into), change.new_zeros(out, rank)
+    a[:kept] = root[:, None] * right[:kept]
+    b[:, :kept] = basis @ left[:, :kept] * root
+    return a, b
+
+
 def _find_cut(delta: Tensor, density: float) -> Cut:
     """`cut_of` by torch."""
     count = delta.numel()

@@ -132,6 +132,8 @@ def plan_memory(
     sleeper = own if vllm.sleep else {}
     if not sleeper:
         always |= own
+    # factors are as those of the agent's adapters, of another rank
+    cut = learned * (config.teacher_rank or 0) // config.model.lora_rank
     most = config.ppo.minibatch_turns // ranks
     gradients = trained_bytes(shadow)
 
@@ -150,6 +152,7 @@ def plan_memory(
                 "the teacher": copies,
                 "the agent's own weights": copies if lora else 2 * copies,
                 **({"vLLM's weights, asleep": shadow.weights} if sleeper else {}),
+                **({"the teacher as an adapter": cut} if cut else {}),
             },
             history=4 * sum(p.numel() for p in shadow.trained) * config.num_updates
             if config.history == "factors"

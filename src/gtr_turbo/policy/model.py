@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gtr_turbo.config import ModelConfig
@@ -61,9 +63,12 @@ class Policy(Weights):
         seed: int = 0,
         ranks: Ranks = ALONE,
         shard: bool = False,
+        teacher_rank: int | None = None,
     ) -> None:
         base = load(config)
-        super().__init__(config, base, seed=seed, ranks=ranks, shard=shard)
+        super().__init__(
+            config, base, seed=seed, ranks=ranks, shard=shard, teacher_rank=teacher_rank
+        )
         self.temperature = temperature
         self.processor = Processor(starter.model_folder(config.path), base.config.model_type)
         self.caches_features = config.vision == "frozen" and takes_features(base)
@@ -79,17 +84,28 @@ class Policy(Weights):
 
     # -- files ---------------------------------------------------------------------------------
 
-    def save_student(self, path: Path) -> None:
+    def save_student(self, path: Path, *, everywhere: bool = False) -> None:
         """Write the agent: a PEFT adapter folder, or a `transformers` folder with its processor.
 
-        All ranks must call it; the first writes.
+        All ranks must call it; the first writes, or each does, to a folder of its own.
         """
+        writes = everywhere or self.ranks.first
         with self.whole():
             state = self.whole_state(self.model)
-            if self.ranks.first:
+            if writes:
                 self.model.save_pretrained(path, state_dict=state)
-        if self.config.train == "full" and self.ranks.first:
+        if self.config.train == "full" and writes:
             self.processor.save(path)
+
+    def save_cut_teacher(self, path: Path) -> None:
+        """Write the teacher as a PEFT adapter folder of rank `cut.rank`; each rank does."""
+        assert self.cut is not None
+        config = copy(self.model.peft_config["default"])
+        config.r = config.lora_alpha = self.cut.rank  # scale 1
+        config.lora_dropout, config.use_rslora, config.inference_mode = 0.0, False, True
+        config.rank_pattern, config.alpha_pattern = {}, {}
+        config.save_pretrained(path)
+        save_file(self.cut.tensors(), path / "adapter_model.safetensors")
 
     def save_teacher(self, path: Path) -> None:
         """Write the teacher as a `transformers` folder with its processor.

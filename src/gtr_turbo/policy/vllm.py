@@ -1,18 +1,17 @@
 """Replies from vLLM, a server or an engine in this process: adapters out, replies back, and distrust in between.
 
-Every reply is scored by the trainer, which gives what PPO needs (log-probs of the policy, value, hidden state) and
-is compared with the log-probs of vLLM. These are the model's own, at temperature 1 and with nothing banned:
-the one kind that every vLLM returns, whatever its sampler does.
+Every reply of the agent is scored by the trainer, which gives what PPO needs (log-probs of the policy, value,
+hidden state) and is compared with vLLM's log-probs. These are the model's own, at temperature 1 and with nothing
+banned: the one kind that every vLLM returns, whatever its sampler does. The teacher's thoughts are not scored; its
+adapter is checked on a fixed reply.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,16 @@ from gtr_turbo.config import SamplingConfig, TrainConfig
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.scoring import score
 from gtr_turbo.policy.vllm_http import (
-    Client,
     EngineError,
     OutageError,
-    UnknownAdapterError,
     check_prompt,
     folded,
     picture,
     read_reply,
     read_scores,
 )
-from gtr_turbo.policy.vllm_inprocess import Resident, ResidentClient
-from gtr_turbo.policy.vllm_probe import Probe, check_moved
-from gtr_turbo.policy.vllm_server import Server, last_words
+from gtr_turbo.policy.vllm_link import Link, content_name
+from gtr_turbo.policy.vllm_probe import Probe, check_moved, mistaken_for
 from gtr_turbo.turns.batch import make_inputs
 from gtr_turbo.turns.turn import Observed, Reply
 
@@ -45,7 +41,7 @@ SCORED = 16  # replies in a scoring pass, where `ppo.microbatch_turns` is auto
 
 
 class VllmEngine:
-    """The agent's adapter on vLLM: a server that is owned or was there, or an engine in this process."""
+    """The agent's and the teacher's adapter on a vLLM of the rank's own, or on one that was there."""
 
     def __init__(
         self, policy: Policy, config: TrainConfig, folder: Path, note: Callable[[str], None]
@@ -55,105 +51,112 @@ class VllmEngine:
         Raises:
             ConfigError: vLLM is not installed, or takes no adapter of this rank.
         """
-        self._policy, self._folder, self._note = policy, folder.resolve(), note
+        ranks = policy.ranks
+        folder = folder.resolve() / f"rank-{ranks.rank}" if ranks.world > 1 else folder.resolve()
+        self._policy, self._folder = policy, folder
         self._config, self._bound = config.rollout.vllm, config.rollout.max_logprob_gap
         given = config.ppo.microbatch_turns
         self._rows = SCORED if given == "auto" else given
         self._bias = {str(token): BAN for token in policy.processor.banned_token_ids}
-        rank = policy.model.peft_config["default"].r
-        self._server: Server | Resident | None = None
-        self._client: Client | ResidentClient | None = None
-        if self._config.base_url is None:
-            kind = Server if self._config.mode == "server" else Resident
-            self._server = kind(config.model, self._config, rank, self._folder)
-        else:
-            self._client = Client(self._config.base_url, self._config.timeout_s)
-        self._adapter: str | None = None
+        rank = max(policy.model.peft_config["default"].r, config.teacher_rank or 0)
+        self._link = Link(config, ranks, rank, folder, note)
+        self._names: dict[str, str] = {}  # of the adapters that vLLM writes with, by whose they are
         self._probe: Probe | None = None
+        self._known: dict[str, Tensor] = {}  # log-probs of the probe by what the teacher was before
         self._asleep = False
-        self.restarts = 0
         self._gap_sum = self._gap_tokens = 0.0
         self._stats: dict[str, float] = {}
 
     # -- weights -------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Let vLLM take up the agent's adapter, and check that it did.
+        """Let vLLM take up the agent's adapter, and check that it did; all ranks must call it.
 
         Raises:
             EngineError: vLLM is gone for good, refuses the adapter, or goes on with the old one.
         """
-        if self._asleep:
-            self._turn(to_sleep=False)
-        name = self._name()
-        if name == self._adapter:
+        self._wake()
+        lora = self._policy.model.peft_config["default"]
+        with self._policy.whole():
+            name = content_name(
+                f"student {lora.r} {lora.lora_alpha}", self._policy.trained().items()
+            )
+            self._replace(
+                name,
+                lambda path: self._policy.save_student(path, everywhere=True),
+                self._check_student,
+            )
+
+    def refresh_teacher(self) -> None:
+        """The same of the teacher's adapter, `policy.cut`, after the agent's first replies."""
+        self._wake()
+        cut = self._policy.cut
+        assert cut is not None
+        name = content_name(f"teacher {cut.rank}", cut.tensors().items())
+        self._replace(name, self._policy.save_cut_teacher, self._check_teacher)
+        self._stats["engine/teacher_energy"] = cut.energy
+
+    def _replace(self, name: str, write: Callable[[Path], None], check: Callable[[], None]) -> None:
+        """Write, load and check an adapter, then forget the one before; nothing if there is no other."""
+        role = name.partition("-")[0]
+        old = self._names.get(role)
+        if name == old:
             return
-        self._ready()
-        began, old = time.monotonic(), self._adapter
-        self._write(name)
-        self._adapter = name
-        self._insist([self._load])
+        began = time.monotonic()
+        path, part = self._folder / name, self._folder / f"{name}.part"
+        for left in (path, part):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        write(part)
+        os.replace(part, path)
+        self._link.load(name, path)
+        self._names[role] = name
         if self._probe is not None:
-            self._check_probe(self._probe)
+            check()
         if old is not None:
-            assert self._client is not None
-            self._client.unload_adapter(old)
+            self._link.unload(old)
             shutil.rmtree(self._folder / old)
-        self._stats["engine/sync_seconds"] = time.monotonic() - began
+        seconds = self._stats.get("engine/sync_seconds", 0.0)
+        self._stats["engine/sync_seconds"] = seconds + time.monotonic() - began
 
     def rest(self) -> None:
         """Let vLLM sleep until the next `refresh`, with `rollout.vllm.sleep`. Raises as `refresh`."""
         if self._config.sleep and not self._asleep:
-            self._turn(to_sleep=True)
+            self._turn(asleep=True)
 
-    def _turn(self, *, to_sleep: bool) -> None:
-        def turn() -> None:
-            assert self._client is not None
-            if to_sleep:
-                self._client.sleep()
-            else:
-                self._client.wake_up()
+    def _wake(self) -> None:
+        if self._asleep:
+            self._turn(asleep=False)
 
+    def _turn(self, *, asleep: bool) -> None:
         if self._policy.device.type == "cuda":
             torch.cuda.empty_cache()  # what torch keeps at hand is missing to vLLM
-        self._insist([turn])
-        self._asleep = to_sleep
+        self._link.sleep(asleep=asleep)
+        self._asleep = asleep
 
-    def _name(self) -> str:
-        """A name for the adapter's content: no other is ever loaded under it, so no cache can mix them up."""
-        lora = self._policy.model.peft_config["default"]
-        digest = hashlib.sha256(f"{lora.r} {lora.lora_alpha}".encode())
-        for name, parameter in sorted(self._policy.trained().items()):
-            digest.update(name.encode())
-            data = parameter.detach().cpu().contiguous().flatten()
-            digest.update(data.view(torch.uint8).numpy().tobytes())
-        return f"student-{digest.hexdigest()[:16]}"
-
-    def _write(self, name: str) -> None:
-        path, part = self._folder / name, self._folder / f"{name}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(path, ignore_errors=True)
-        self._policy.save_student(part)
-        os.replace(part, path)
-
-    def _load(self) -> None:
-        assert self._client is not None
-        assert self._adapter is not None
-        self._client.load_adapter(self._adapter, str(self._folder / self._adapter))
-
-    def _check_probe(self, probe: Probe) -> None:
-        """Score the probe on both sides.
-
-        Raises:
-            EngineError: vLLM goes on with the old weights.
-        """
+    def _theirs(self, role: str, probe: Probe) -> Tensor:
+        """VLLM's log-probs of the probe, (R,), with one of the adapters."""
         reply = probe.ids.tolist()
         body = self._body(
             probe.observed, {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
         )
         body["token_ids"] = [*body["token_ids"], *reply]
-        (answer,) = self._insist([lambda: self._generate(body, lambda a: read_scores(a, reply))])
-        theirs, ours = torch.tensor(answer), self._own([probe.observed], [probe.ids])[0]
+        name = self._names[role]
+        task = [lambda: self._link.generate(name, body, lambda a: read_scores(a, reply))]
+        return torch.tensor(self._link.insist(task)[0])
+
+    def _ours(self, probe: Probe) -> Tensor:
+        """The trainer's, with the weights in place."""
+        return self._own([probe.observed], [probe.ids])[0]
+
+    def _check_student(self) -> None:
+        """Score the probe on both sides.
+
+        Raises:
+            EngineError: vLLM goes on with the old weights.
+        """
+        assert self._probe is not None
+        probe = self._probe
+        theirs, ours = self._theirs("student", probe), self._ours(probe)
         moved = check_moved(probe, ours, theirs)
         self._stats["engine/probe_change"] = float((theirs - probe.theirs).abs().mean())
         self._stats["engine/probe_change_wanted"] = float((ours - probe.ours).abs().mean())
@@ -161,12 +164,41 @@ class VllmEngine:
             return  # measured against the same log-probs next time, until the change has added up
         if not moved:
             raise EngineError(
-                f"vLLM took the adapter {self._adapter} but still writes with the old weights: on a fixed "
+                f"vLLM took the adapter {self._names['student']} but still writes with the old weights: on a fixed "
                 f"reply the trainer's log-probs changed by {self._stats['engine/probe_change_wanted']:.3g} nats "
                 f"per token, vLLM's by {self._stats['engine/probe_change']:.3g}. Look at its log for adapter "
                 "layers that it ignores"
             )
         self._probe = Probe(probe.observed, probe.ids, ours, theirs)
+
+    def _check_teacher(self) -> None:
+        """Score the probe on both sides, by the teacher as it was cut, and by what vLLM may take for it.
+
+        Raises:
+            EngineError: vLLM writes with other weights than the teacher's.
+        """
+        assert self._probe is not None
+        probe, policy = self._probe, self._policy
+        with policy.whole():
+            student = self._ours(probe)
+        with policy.as_cut_teacher():
+            ours = self._ours(probe)
+        if "start" not in self._known:
+            with policy.as_start():
+                self._known["start"] = self._ours(probe)
+        noise = float((self._theirs("student", probe) - student).abs().mean())
+        theirs = self._theirs("teacher", probe)
+        gap = self._stats["engine/teacher_gap"] = float((theirs - ours).abs().mean())
+        other = mistaken_for(theirs, ours, {"agent": student, **self._known}, noise)
+        if other is not None or not gap <= self._bound:
+            nearer = f", and nearer to those of the {other}" if other is not None else ""
+            raise EngineError(
+                f"vLLM took the adapter {self._names['teacher']} but does not write with it: on a fixed reply its "
+                f"log-probs are {gap:.3g} nats per token away from the teacher's{nearer} (bound "
+                f"rollout.max_logprob_gap={self._bound}). Look at its log for adapter layers that it ignores; "
+                "rollout.vllm.teacher_rank=null does without this adapter"
+            )
+        self._known["teacher before"] = ours
 
     # -- replies -------------------------------------------------------------------------------
 
@@ -190,19 +222,8 @@ class VllmEngine:
             EngineError: vLLM is gone for good, its prompts are not the trainer's, or its log-probs differ
                 from the trainer's by more than `rollout.max_logprob_gap`.
         """
-        seeds = torch.randint(2**31, (len(observed),), generator=generator).tolist()
         temperature = 0.0 if greedy else self._policy.temperature
-        settings = {
-            "temperature": temperature,
-            "top_k": sampling.top_k,
-            "repetition_penalty": sampling.repetition_penalty,
-            "max_tokens": sampling.max_new_tokens,
-        }
-        tasks = [
-            self._task(seen, {**settings, "seed": seed}, sampling.max_new_tokens)
-            for seen, seed in zip(observed, seeds, strict=True)
-        ]
-        written = self._insist(tasks)
+        written = self._written("student", observed, sampling, generator, temperature)
         replies, gaps = [], []
         for at in range(0, len(observed), self._rows):
             part = slice(at, at + self._rows)
@@ -211,6 +232,40 @@ class VllmEngine:
             gaps.append(gap)
         self._check_gap(torch.cat(gaps))
         return replies
+
+    def write_as_teacher(
+        self,
+        observed: list[Observed],
+        sampling: SamplingConfig,
+        generator: torch.Generator,
+        *,
+        temperature: float,
+    ) -> list[Tensor]:
+        """The ids of one reply of the teacher's adapter to each observation. Raises as `generate`."""
+        written = self._written("teacher", observed, sampling, generator, temperature)
+        return [torch.tensor(ids) for ids, _ in written]
+
+    def _written(
+        self,
+        role: str,
+        observed: list[Observed],
+        sampling: SamplingConfig,
+        generator: torch.Generator,
+        temperature: float,
+    ) -> list[tuple[list[int], list[float]]]:
+        """(ids, vLLM's log-probs of them) for each observation."""
+        seeds = torch.randint(2**31, (len(observed),), generator=generator).tolist()
+        settings = {
+            "temperature": temperature,
+            "top_k": sampling.top_k,
+            "repetition_penalty": sampling.repetition_penalty,
+            "max_tokens": sampling.max_new_tokens,
+        }
+        tasks = [
+            self._task(self._names[role], seen, {**settings, "seed": seed})
+            for seen, seed in zip(observed, seeds, strict=True)
+        ]
+        return self._link.insist(tasks)
 
     def _body(self, seen: Observed, settings: Mapping[str, Any]) -> dict[str, Any]:
         """A request; every setting of the sampler is given, so that none is left to vLLM."""
@@ -232,9 +287,11 @@ class VllmEngine:
         }
 
     def _task(
-        self, seen: Observed, settings: Mapping[str, Any], limit: int
+        self, name: str, seen: Observed, settings: Mapping[str, Any]
     ) -> Callable[[], tuple[list[int], list[float]]]:
-        body, prompt = self._body(seen, settings), seen.prompt_ids.tolist()
+        body, prompt, limit = (
+            self._body(seen, settings), seen.prompt_ids.tolist(), settings["max_tokens"],
+        )  # fmt: skip
 
         def read(answer: Mapping[str, Any]) -> tuple[list[int], list[float]]:
             check_prompt(answer, prompt)
@@ -242,7 +299,7 @@ class VllmEngine:
             self._check_reply(ids, ended, limit)
             return ids, logprobs
 
-        return lambda: self._generate(body, read)
+        return lambda: self._link.generate(name, body, read)
 
     def _check_reply(self, ids: list[int], ended: str, limit: int) -> None:
         processor = self._policy.processor
@@ -260,10 +317,6 @@ class VllmEngine:
                 "vLLM sampled a placeholder of a picture, or a token that is none; serve the model that is "
                 "trained, with a vLLM that heeds logit_bias"
             )
-
-    def _generate(self, body: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Any]) -> Any:
-        assert self._client is not None
-        return read(self._client.generate({**body, "model": self._adapter}))
 
     @torch.no_grad()
     def _own(self, observed: list[Observed], ids: list[Tensor]) -> list[Tensor]:
@@ -312,79 +365,31 @@ class VllmEngine:
             )
 
     def metrics(self) -> dict[str, float]:
-        """The `engine` group, since the last call."""
-        gap = self._gap_sum / max(1.0, self._gap_tokens)
-        found = {"engine/logprob_gap": gap, "engine/restarts": float(self.restarts), **self._stats}
+        """The `engine` group, since the last call, over all ranks, each of which must call it."""
+        own = {
+            "gap": self._gap_sum,
+            "tokens": self._gap_tokens,
+            "restarts": float(self._link.restarts),
+            **self._stats,
+        }
+        rows = self._policy.ranks.gather(own)
+        gap, tokens, restarts = (
+            sum(row.pop(name) for row in rows) for name in ("gap", "tokens", "restarts")
+        )
         self._gap_sum = self._gap_tokens = 0.0
         self._stats = {}
-        return found
-
-    # -- outages -------------------------------------------------------------------------------
-
-    def _insist(self, tasks: list[Callable[[], Any]]) -> list[Any]:
-        """Results of requests, in order; those that fail for a while are repeated, with vLLM mended.
-
-        Raises:
-            EngineError: it stays so, or one is refused.
-        """
-        self._ready()
-        found: dict[int, Any] = {}
-        for attempt in range(self._config.retries + 1):
-            left = [i for i in range(len(tasks)) if i not in found]
-            with ThreadPoolExecutor(min(len(left), self._config.concurrency)) as pool:
-                futures = {i: pool.submit(tasks[i]) for i in left}
-            outages = []
-            for i, future in futures.items():
-                try:
-                    found[i] = future.result()
-                except OutageError as outage:
-                    outages.append(outage)
-            if not outages:
-                return [found[i] for i in range(len(tasks))]
-            if attempt < self._config.retries:
-                self._mend(outages, attempt)
-        own = f"the run's own vLLM ({self._server.log})" if self._server is not None else None
-        where = own or self._config.base_url
-        raise EngineError(
-            f"no usable answer from {where} after {self._config.retries + 1} tries: {outages[-1]}. Then go on with "
-            "--resume (without it, if there is no checkpoint yet)"
-        )
-
-    def _mend(self, outages: list[OutageError], attempt: int) -> None:
-        """Do what can be done before the next try: start a dead or silent vLLM anew, load the adapter, wait."""
-        self._note(f"vLLM: {outages[-1]}; trying again")
-        assert self._client is not None
-        time.sleep(self._config.backoff_s * 2**attempt)
-        if self._server is not None and not (self._server.alive and self._client.healthy()):
-            if self.restarts == self._config.restarts:
-                raise EngineError(
-                    f"vLLM died {self.restarts + 1} times (rollout.vllm.restarts={self._config.restarts}): "
-                    f"{last_words(self._server.log)}"
-                )
-            self.restarts += 1
-            self._server.stop()
-            self._client = self._server.start()
-            self._reload()
-        elif any(isinstance(outage, UnknownAdapterError) for outage in outages):
-            self._reload()
-
-    def _ready(self) -> None:
-        if self._client is None:
-            assert self._server is not None
-            self._client = self._server.start()
-
-    def _reload(self) -> None:
-        try:
-            self._load()
-        except OutageError as outage:
-            self._note(f"vLLM: {outage}; trying again")
+        # of the rank with the largest: it was waited for, or it is the one to look at
+        largest = {
+            name: max(row[name] for row in rows if name in row) for row in rows for name in row
+        }
+        return {
+            "engine/logprob_gap": gap / max(1.0, tokens),
+            "engine/restarts": restarts,
+            **largest,
+        }
 
     def close(self) -> None:
-        """Stop vLLM, if it is ours, and remove the adapter that only it read."""
-        if self._server is not None:
-            self._server.stop()
-        elif self._adapter is not None and self._client is not None:
-            self._client.unload_adapter(self._adapter)
-        self._client = None
-        if self._adapter is not None:
-            shutil.rmtree(self._folder / self._adapter, ignore_errors=True)
+        """Stop vLLM, if it is ours, and remove the adapters that only it read."""
+        self._link.close()
+        for name in self._names.values():
+            shutil.rmtree(self._folder / name, ignore_errors=True)

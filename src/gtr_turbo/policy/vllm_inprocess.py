@@ -17,8 +17,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Coroutine, Mapping
-from contextlib import suppress
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from PIL import Image
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import ModelConfig
 from gtr_turbo.policy.vllm_http import EngineError, OutageError, UnknownAdapterError
-from gtr_turbo.policy.vllm_server import engine_arguments, last_words
+from gtr_turbo.policy.vllm_server import engine_arguments, last_words, own_environment
 from gtr_turbo.vllm_config import VllmConfig
 
 WATCH = (  # the engine ends when the run does, a killed one included
@@ -42,14 +42,17 @@ class Resident:
         log: what it says.
     """
 
-    def __init__(self, model: ModelConfig, config: VllmConfig, rank: int, folder: Path) -> None:
-        """Nothing is started or imported yet.
-
-        Raises:
-            ConfigError: vLLM is not installed, or takes no adapter of this rank.
-        """
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: VllmConfig,
+        rank: int,
+        folder: Path,
+        gpu: int | None = None,
+    ) -> None:
+        """Nothing is started or imported yet. Arguments and errors are those of `vllm_server.Server`."""
         self._words = engine_arguments(model, config, rank)
-        self._config, self.log = config, folder / "engine.log"
+        self._config, self.log, self._gpu = config, folder / "engine.log", gpu
         self._client: ResidentClient | None = None
         self._watch: subprocess.Popen[bytes] | None = None
 
@@ -67,7 +70,8 @@ class Resident:
         """
         self._prepare()
         before = set(multiprocessing.active_children())
-        self._client = ResidentClient(self._make(), self._config.timeout_s)
+        with _environment(own_environment(self._gpu)):  # the child inherits it
+            self._client = ResidentClient(self._make(), self._config.timeout_s)
         children = set(multiprocessing.active_children()) - before
         self._watch = subprocess.Popen(
             [sys.executable, "-c", WATCH, *(str(child.pid) for child in children)],
@@ -234,6 +238,24 @@ class ResidentClient:
             raise OutageError(_words(error.__cause__ or error)) from error
         except Exception as error:  # of any kind, by what it refuses
             raise EngineError(f"vLLM refuses: {_words(error)}") from error
+
+
+@contextmanager
+def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
+    """Inside the block the environment is `wanted`; what is set there beyond it stays."""
+    given = dict(os.environ)
+    odd = [n for n in given.keys() | wanted.keys() if given.get(n) != wanted.get(n)]
+
+    def take(values: Mapping[str, str]) -> None:
+        for name in odd:
+            os.environ.pop(name, None)
+            os.environ.update({name: values[name]} if name in values else {})
+
+    take(wanted)
+    try:
+        yield
+    finally:
+        take(given)
 
 
 def answer(output: Any) -> dict[str, Any]:

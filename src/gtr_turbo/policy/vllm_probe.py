@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -37,3 +38,30 @@ def check_moved(probe: Probe, ours: Tensor, theirs: Tensor) -> bool | None:
     if change <= NOISE * gap + LEAST_CHANGE:
         return None
     return bool((theirs - ours).abs().mean() < (theirs - probe.ours).abs().mean())
+
+
+def mistaken_for(
+    theirs: Tensor, ours: Tensor, others: Mapping[str, Tensor], noise: float
+) -> str | None:
+    """Other weights that vLLM rather writes with than with those it was given; log-probs of one reply, (R,) each.
+
+    Args:
+        theirs: vLLM's.
+        ours: the trainer's, with the weights that vLLM was given.
+        others: the trainer's, with weights that vLLM may confuse them with.
+        noise: mean gap between both sides where the weights are known to be the same, nats per token.
+
+    Returns:
+        The nearest, or None; others that differ from `ours` by no more than a few times the noise are left out.
+    """
+
+    def distance(one: Tensor, two: Tensor) -> float:
+        return float((one - two).abs().mean())
+
+    told = [
+        n for n, other in others.items() if distance(other, ours) > NOISE * noise + LEAST_CHANGE
+    ]
+    nearest = min(told, key=lambda name: distance(theirs, others[name]), default=None)
+    if nearest is None or distance(theirs, others[nearest]) > distance(theirs, ours):
+        return None
+    return nearest

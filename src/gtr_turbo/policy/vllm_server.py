@@ -21,6 +21,12 @@ from gtr_turbo.vllm_config import VllmConfig
 BASE = "base"
 """The name under which the model without adapters is served."""
 
+TORCHRUN = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME",
+    "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+"""Names that tell a process its place among the ranks, beside those that begin with TORCHELASTIC_."""
+
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes as --max-lora-rank."""
 
@@ -51,11 +57,29 @@ def engine_arguments(model: ModelConfig, config: VllmConfig, rank: int) -> list[
         "--gpu-memory-utilization", str(config.gpu_memory),
         "--limit-mm-per-prompt", '{"image": 1, "video": 0}',
         "--generation-config", "vllm",
-        # two adapters: while one is replaced both are there
-        "--enable-lora", "--max-loras", "2", "--max-lora-rank", str(min(r for r in RANKS if r >= rank)),
+        # the agent's and the teacher's side by side; while they are replaced, both of each are known
+        "--enable-lora", "--max-loras", "2", "--max-cpu-loras", "4",
+        "--max-lora-rank", str(min(r for r in RANKS if r >= rank)),
         *(["--enable-sleep-mode"] if config.sleep else []),
         *config.arguments,
     ]  # fmt: skip
+
+
+def own_environment(gpu: int | None) -> dict[str, str]:
+    """The environment of a vLLM beside a rank, which is no rank itself: it would look for the others.
+
+    Args:
+        gpu: the one it sees, counted among those that this process sees; None: all.
+    """
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in TORCHRUN and not name.startswith("TORCHELASTIC_")
+    }
+    if gpu is not None:
+        shown = kept.get("CUDA_VISIBLE_DEVICES")
+        kept["CUDA_VISIBLE_DEVICES"] = shown.split(",")[gpu] if shown else str(gpu)
+    return kept
 
 
 def command(model: ModelConfig, config: VllmConfig, rank: int, port: int) -> list[str]:
@@ -89,14 +113,28 @@ class Server:
         log: what it says.
     """
 
-    def __init__(self, model: ModelConfig, config: VllmConfig, rank: int, folder: Path) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: VllmConfig,
+        rank: int,
+        folder: Path,
+        gpu: int | None = None,
+    ) -> None:
         """Nothing is started yet.
+
+        Args:
+            model: what it serves.
+            config: how.
+            rank: the largest of the adapters.
+            folder: of its log.
+            gpu: as of `own_environment`.
 
         Raises:
             ConfigError: vLLM is not installed, or takes no adapter of this rank.
         """
         command(model, config, rank, 0)
-        self._model, self._config, self._rank = model, config, rank
+        self._model, self._config, self._rank, self._gpu = model, config, rank, gpu
         self.log = folder / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -115,7 +153,7 @@ class Server:
         words = command(self._model, self._config, self._rank, port)
         environment = {
             "VLLM_NO_USAGE_STATS": "1",
-            **os.environ,
+            **own_environment(self._gpu),
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             **({"VLLM_SERVER_DEV_MODE": "1"} if self._config.sleep else {}),  # has /sleep
         }

@@ -19,6 +19,7 @@ from gtr_turbo.config import ModelConfig
 from gtr_turbo.distributed import sharding
 from gtr_turbo.distributed.ranks import Ranks
 from gtr_turbo.distributed.sharding import full, joined, local, part_of
+from gtr_turbo.policy.cut import CutTeacher, exact_products
 from gtr_turbo.policy.loading import add_adapters, is_vision
 from gtr_turbo.policy.swap import Mover, host_like
 
@@ -31,10 +32,18 @@ class Weights(nn.Module):
         ranks: the processes that train it.
         sharded: each rank keeps a part of the weights; `whole` puts all on every rank.
         mover: copies weights between host and device.
+        cut: the teacher as an adapter of rank `teacher_rank`; None if that is None.
     """
 
     def __init__(
-        self, config: ModelConfig, base: Any, *, seed: int, ranks: Ranks, shard: bool
+        self,
+        config: ModelConfig,
+        base: Any,
+        *,
+        seed: int,
+        ranks: Ranks,
+        shard: bool,
+        teacher_rank: int | None = None,
     ) -> None:
         """Take a model as `loading.load` gives it; `seed` is of fresh adapters."""
         super().__init__()
@@ -67,6 +76,7 @@ class Weights(nn.Module):
         self._own: dict[str, Tensor] = {}
         self._teacher: dict[str, Tensor] | None = None
         self._teacher_norm = 0.0
+        self.cut = None if teacher_rank is None else CutTeacher(teacher_rank)
         self._inside = False
 
     @property
@@ -221,12 +231,13 @@ class Weights(nn.Module):
         for name, tensor in pairs:
             if name not in start:
                 raise KeyError(f"teacher tensors do not match: [{name!r}] is unknown")
-            begun = start[name].float()
+            begun, first = start[name].float(), torch.zeros(())
             if self._first_factors:
-                begun = (
-                    begun + part_of(self._first_change(name, layers[name]), replaced[name]).cpu()
-                )
+                first = self._first_change(name, layers[name])
+                begun = begun + part_of(first, replaced[name]).cpu()
             teacher[name].copy_(begun + part_of(tensor, replaced[name]).cpu())
+            if self.cut is not None:
+                self.cut.take(name, tensor.to(self.device), first)
             squares[name] = float((tensor**2).sum())
         if len(squares) < len(start):
             missing = sorted(set(start) - set(squares))
@@ -245,10 +256,17 @@ class Weights(nn.Module):
             raise RuntimeError("there is no teacher yet: load_teacher() was never called")
         replaced = self._replaced()
         state = {name: joined(part, replaced[name]).cpu() for name, part in self._teacher.items()}
-        return {**state, "norm": torch.tensor(self._teacher_norm, dtype=torch.float64)}
+        cut = {} if self.cut is None else self.cut.state()
+        return {**state, **cut, "norm": torch.tensor(self._teacher_norm, dtype=torch.float64)}
 
     def load_teacher_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what `teacher_state` gave."""
+        """Take up what `teacher_state` gave.
+
+        Raises:
+            ConfigError: the teacher was cut to another rank.
+        """
+        if self.cut is not None:
+            self.cut.load_state(state)
         self._teacher = self._teacher or host_like(self._exchanged())
         replaced = self._replaced()
         for name, tensor in self._teacher.items():
@@ -273,6 +291,12 @@ class Weights(nn.Module):
             raise RuntimeError("there is no teacher yet: load_teacher() was never called")
         return self._swapped(self._teacher.items())
 
+    def as_cut_teacher(self) -> AbstractContextManager[None]:
+        """`as_teacher`, with the teacher as the adapter makes it."""
+        assert self.cut is not None
+        cut, device = self.cut, self.device
+        return self._swapped(self._plus((name, cut.change(name, device)) for name in cut.factors))
+
     def as_start(self) -> AbstractContextManager[None]:
         """Inside the block the model computes with the weights the run began with.
 
@@ -280,14 +304,18 @@ class Weights(nn.Module):
         """
         if self._start is not None:
             return self._swapped(self._start.items())
-        return self._swapped(self._begun())
+        begun = self._first_factors
+        return self._swapped(
+            self._plus(
+                (n, self._first_change(n, layer)) for n, layer in self._adapted() if n in begun
+            )
+        )
 
-    def _begun(self) -> Iterator[tuple[str, Tensor]]:
-        """Base weights with the adapter the run began with added, this rank's parts; outside of `whole`."""
-        for name, layer in self._adapted():
-            if name in self._first_factors:
-                base = layer.base_layer.weight.detach()
-                yield name, local(base).float() + part_of(self._first_change(name, layer), base)
+    def _plus(self, changes: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Base weights with changes added, this rank's parts; outside of `whole`."""
+        bases = self._replaced()
+        for name, change in changes:
+            yield name, local(bases[name]).float() + part_of(change, bases[name])
 
     def _keep_own(self) -> dict[str, Tensor]:
         """The exact copy that the exchanged weights come back from."""
@@ -325,10 +353,6 @@ class Weights(nn.Module):
 
 
 def _product(b: Tensor, a: Tensor) -> Tensor:
-    """B A in full float32, also where the adapters' own passes round their factors (TF32)."""
-    rounds = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
+    """B A in full float32."""
+    with exact_products():
         return b.float() @ a.float()
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = rounds

@@ -23,8 +23,9 @@ from gtr_turbo.checks import ConfigError
 from gtr_turbo.distributed.ranks import ALONE, Ranks
 from gtr_turbo.envs.contract import Tool
 from gtr_turbo.policy.processing import Processor
+from gtr_turbo.teacher.collection import Memory
 from gtr_turbo.teacher.endpoint import FAULTS, OUTAGES, Endpoint
-from gtr_turbo.teacher.imitation import Memory, splice
+from gtr_turbo.teacher.imitation import splice
 from gtr_turbo.teacher.ledger import Cost, Ledger
 from gtr_turbo.teacher.messages import (
     AnswerError,

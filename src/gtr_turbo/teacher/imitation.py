@@ -1,4 +1,4 @@
-"""Imitation of thoughts (SFT guidance): who writes them, what is trained, and the collection over the run.
+"""Imitation of thoughts (SFT guidance): who writes them and what is trained.
 
 A target is the teacher's thought with the agent's own action behind it, for an observation of the agent. The
 thought (up to the key `"action"`, which ends it) and the end token are trained; the action is not: it is the
@@ -7,57 +7,29 @@ agent's, and PPO explores it.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from gtr_turbo.config import SamplingConfig
-from gtr_turbo.distributed.ranks import ALONE, Ranks
 from gtr_turbo.parsing import parse, thought_tokens
+from gtr_turbo.policy.engine import Engine
 from gtr_turbo.policy.generation import generate
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.processing import Processor
 from gtr_turbo.policy.scoring import score
+from gtr_turbo.teacher.collection import Memory
 from gtr_turbo.teaching_config import GuidanceConfig, ImitationConfig
 from gtr_turbo.turns.batch import by_length, make_inputs, pad, select
-from gtr_turbo.turns.record import by_time
 from gtr_turbo.turns.turn import Observed, Turn
 
 ACTION_KEY = re.compile(r"""["']?action["']?\s*:\s*["']?""")
 """It says nothing of the action, and ends the thought: it is trained with the thought."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """One imitated reply."""
-
-    frame: str
-    """Name of the frame in the collection."""
-    prompt: str
-    response_ids: Tensor
-    """(R,) int64, end token included."""
-    thought_tokens: int
-    """The first so many are trained, and the end token."""
-    rank: int = 0
-    """Which rank trains it: it has the environment of the turn, and the frame."""
-
-    @property
-    def mask(self) -> Tensor:
-        """(R,) bool, True on tokens that are trained."""
-        places = torch.arange(len(self.response_ids))
-        return (places < self.thought_tokens) | (places == len(places) - 1)
 
 
 def splice(
@@ -99,6 +71,29 @@ class Written:
     metrics: dict[str, float]
 
 
+Writer = Callable[[list[Observed], SamplingConfig, torch.Generator, float], list[Tensor]]
+"""(observations, limits, source of randomness, temperature) -> the ids of a reply to each."""
+
+
+@contextmanager
+def _writer(policy: Policy, engine: Engine | None) -> Iterator[Writer]:
+    """The merge as it lies in the trainer, or as the engine has it."""
+    if engine is None:
+        with policy.as_teacher():
+            yield lambda observed, sampling, generator, temperature: [
+                reply.response_ids
+                for reply in generate(
+                    policy, observed, sampling, generator, temperature=temperature
+                )
+            ]
+        return
+    engine.refresh_teacher()
+    yield lambda observed, sampling, generator, temperature: engine.write_as_teacher(
+        observed, sampling, generator, temperature=temperature
+    )
+    engine.rest()
+
+
 def write_thoughts(
     policy: Policy,
     turns: Sequence[Turn],
@@ -108,30 +103,36 @@ def write_thoughts(
     generator: torch.Generator,
     *,
     batch_turns: int,
+    engine: Engine | None = None,
 ) -> Written:
     """Replies of the merged teacher to the observations of the valid turns.
 
     Answers that cannot be read are drawn again, hotter each time. The metrics are over the turns of all ranks.
+
+    Args:
+        policy: has the teacher.
+        turns: of this rank.
+        fields: JSON keys a reply must have.
+        config: temperatures and tries.
+        sampling: its limits.
+        generator: the only source of randomness.
+        batch_turns: replies that the trainer writes at once; an engine is asked for all of them.
+        engine: writes with the teacher's adapter; None decodes in this process.
     """
     texts: list[str | None] = [None] * len(turns)
     open_rows = [i for i, turn in enumerate(turns) if turn.valid]
     asked, temperature, tries = len(open_rows), config.temperature, 0
     plain = replace(sampling, top_k=0, repetition_penalty=1.0)
-    with policy.as_teacher():
+    size = batch_turns if engine is None else len(turns)
+    with _writer(policy, engine) as write:
         for attempt in range(config.retries + 1):
             failed = []
-            for at in range(0, len(open_rows), batch_turns):
-                rows = open_rows[at : at + batch_turns]
+            for at in range(0, len(open_rows), size):
+                rows = open_rows[at : at + size]
                 tries += len(rows)
-                replies = generate(
-                    policy,
-                    [turns[i].observed for i in rows],
-                    plain,
-                    generator,
-                    temperature=temperature,
-                )
+                replies = write([turns[i].observed for i in rows], plain, generator, temperature)
                 for i, reply in zip(rows, replies, strict=True):
-                    ids = reply.response_ids.tolist()
+                    ids = reply.tolist()
                     ended = ids[-1] == policy.processor.end_token_id
                     text = policy.processor.decode(ids[:-1] if ended else ids)
                     if ended and parse(text, fields).valid:
@@ -154,161 +155,6 @@ def write_thoughts(
     )
 
 
-class Memory:
-    """The collected targets: each update adds a file, every frame is stored once, as PNG.
-
-    Each rank knows all targets and has the frames of its own; the first has the files.
-
-    Attributes:
-        targets: what is kept, the oldest first; the same on all ranks.
-        ranks: who has them.
-    """
-
-    def __init__(self, folder: Path, limit: int, ranks: Ranks = ALONE, envs: int = 1) -> None:
-        """Begin with nothing; `envs` environments are of each rank."""
-        self._folder, self._limit = folder, limit
-        self.ranks, self._envs = ranks, envs
-        self.targets: list[Target] = []
-        self._frames: dict[str, bytes] = {}
-        self._seen: dict[tuple[str, str], Observed] = {}
-        self._features: dict[str, Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def add(
-        self, update: int, turns: Sequence[Turn], targets: Sequence[tuple[Tensor, int] | None]
-    ) -> None:
-        """Keep targets and write those of all ranks to `NNNNNN.jsonl`, in the order of one process.
-
-        Args:
-            update: number of the update.
-            turns: of this rank, ordered by time, then by environment.
-            targets: (ids, trained tokens) of each turn; None where it has none.
-        """
-        rows: list[dict[str, Any] | None] = []
-        fresh: dict[str, bytes] = {}
-        for turn, target in zip(turns, targets, strict=True):
-            if target is None:
-                rows.append(None)
-                continue
-            name = self._keep_frame(turn.observed.frame, fresh)
-            self._remember(name, turn.prompt, turn.observed)
-            rows.append(
-                {
-                    "frame": name,
-                    "prompt": turn.prompt,
-                    "response_ids": target[0].tolist(),
-                    "thought_tokens": target[1],
-                    "env": turn.env_index,
-                }
-            )
-        own = len({turn.env_index for turn in turns})
-        kept = [row for row in by_time(self.ranks.gather(rows), own) if row is not None]
-        self.targets += [self._target(row) for row in kept]
-        self._write_frames(fresh)
-        if self.ranks.first:
-            lines = "".join(f"{json.dumps(row)}\n" for row in kept)
-            _write(self._folder / f"{update:06d}.jsonl", lines.encode())
-        self._forget()
-
-    def _target(self, row: Mapping[str, Any]) -> Target:
-        env = int(row["env"]) if "env" in row else 0  # rows of older runs do not say it
-        return Target(
-            frame=row["frame"],
-            prompt=row["prompt"],
-            response_ids=torch.tensor(row["response_ids"]),
-            thought_tokens=int(row["thought_tokens"]),
-            rank=env // self._envs % self.ranks.world,
-        )
-
-    def _keep_frame(self, frame: np.ndarray, fresh: dict[str, bytes]) -> str:
-        name = hashlib.sha256(frame.tobytes()).hexdigest()[:16]
-        if name not in self._frames:
-            stream = io.BytesIO()
-            Image.fromarray(frame).save(stream, format="png")
-            self._frames[name] = fresh[name] = stream.getvalue()
-        return name
-
-    def _write_frames(self, fresh: Mapping[str, bytes]) -> None:
-        """Store what the ranks have seen for the first time."""
-        sizes = self.ranks.gather({name: len(png) for name, png in fresh.items()})
-        folder = self._folder / "frames"
-        if self.ranks.first:
-            folder.mkdir(parents=True, exist_ok=True)
-        for names, data in zip(sizes, self.ranks.to_first(b"".join(fresh.values())), strict=False):
-            at = 0
-            for name, size in names.items():
-                path = folder / f"{name}.png"
-                if not path.exists():
-                    _write(path, data[at : at + size])
-                at += size
-
-    def _remember(self, name: str, prompt: str, observed: Observed) -> None:
-        """Keep an observation without its frame; turns with one frame share its features."""
-        if _small(observed):
-            assert observed.features is not None
-            features = self._features.setdefault(name, observed.features)
-            self._seen[name, prompt] = replace(
-                observed, frame=observed.frame[:0].copy(), features=features
-            )
-
-    def _forget(self) -> None:
-        """Drop the oldest targets beyond the limit, and frames that nothing shows any more."""
-        if not self._limit or len(self.targets) <= self._limit:
-            return
-        del self.targets[: len(self.targets) - self._limit]
-        shown = {target.frame for target in self.own(self.targets)}
-        self._frames = {name: png for name, png in self._frames.items() if name in shown}
-        self._seen = {key: seen for key, seen in self._seen.items() if key[0] in shown}
-        self._features = {name: kept for name, kept in self._features.items() if name in shown}
-
-    def restore(self, update: int) -> None:
-        """Take up the files of the updates up to `update`; later ones are removed.
-
-        Raises:
-            OSError: a file is missing.
-            ValueError: a file is damaged.
-        """
-        for file in sorted(self._folder.glob("[0-9]*.jsonl")):
-            if int(file.stem) > update:
-                if self.ranks.first:
-                    file.unlink()
-                continue
-            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-                try:
-                    target = self._target(json.loads(line))
-                    if self.own([target]) and target.frame not in self._frames:
-                        path = self._folder / "frames" / f"{target.frame}.png"
-                        self._frames[target.frame] = path.read_bytes()
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{file}, line {number}, is damaged: {error}") from error
-                self.targets.append(target)
-        self._forget()
-
-    def own(self, targets: Sequence[Target]) -> list[Target]:
-        """Those that this rank trains."""
-        return [target for target in targets if target.rank == self.ranks.rank]
-
-    def draw(self, count: int, generator: torch.Generator) -> list[Target]:
-        """Random targets, of all ranks; fewer than `count` only if there are fewer."""
-        rows = torch.randperm(len(self.targets), generator=generator)[:count].tolist()
-        return [self.targets[row] for row in rows]
-
-    def observe(self, targets: Sequence[Target], policy: Policy) -> list[Observed]:
-        """What the agent saw before each of this rank's targets."""
-        keys = [(target.frame, target.prompt) for target in targets]
-        missing = list(dict.fromkeys(key for key in keys if key not in self._seen))
-        fresh: dict[tuple[str, str], Observed] = {}
-        if missing:
-            frames = [np.asarray(Image.open(io.BytesIO(self._frames[f]))) for f, _ in missing]
-            observed = policy.observe(frames, [prompt for _, prompt in missing])
-            fresh = dict(zip(missing, observed, strict=True))
-            for (name, prompt), seen in fresh.items():
-                self._remember(name, prompt, seen)
-        return [fresh[key] if key in fresh else self._seen[key] for key in keys]
-
-
 def teach(
     policy: Policy,
     turns: Sequence[Turn],
@@ -319,11 +165,23 @@ def teach(
     generator: torch.Generator,
     *,
     update: int,
+    engine: Engine | None = None,
 ) -> dict[str, float]:
-    """Let the merge write thoughts for an update's turns, and collect them; returns the `imitation` group."""
+    """Let the merge write thoughts for an update's turns, and collect them; returns the `imitation` group.
+
+    Raises:
+        EngineError: an `engine` is to write them, and cannot.
+    """
     config = guidance.imitation
     written = write_thoughts(
-        policy, turns, fields, config, sampling, generator, batch_turns=config.samples
+        policy,
+        turns,
+        fields,
+        config,
+        sampling,
+        generator,
+        batch_turns=config.samples,
+        engine=engine,
     )
     whole = guidance.tokens == "response"
     made = [
@@ -377,15 +235,3 @@ def imitation_loss(
         inputs = make_inputs([idle.observed], [idle.reply.response_ids], pad_id)
         for _ in range(passes, -(-most // microbatch)):
             yield 0.0 * score(policy, inputs, temperature=1.0).logprobs.sum(), 0.0
-
-
-def _small(observed: Observed) -> bool:
-    """True if keeping the features costs no more than keeping the frame would."""
-    features = observed.features
-    return features is not None and features.nbytes <= observed.frame.nbytes
-
-
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
