@@ -55,10 +55,10 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         `thor` the image is the simulator's.
     Reward: 50 when the task is done, plus the change of the goal-condition fraction (ALFRED's), minus 1 for an
         inadmissible action.
-    Episode end: terminated when the task is done, and by an inadmissible action with `illegal: end`. With `early_truncation`, a step that does not do it ends the
-        episode with a reward of -3: it is the fifth equal action in a row (terminated: a rule of the task), or
-        beyond 40 actions (truncated). Truncated in any case after 50 actions.
-        Truncated with a reward of 0 when the worker of another backend than `native` failed.
+    Episode end: terminated when the task is done, and by an inadmissible action with `illegal: end`. With
+        `early_truncation`, a step that does not do the task ends the episode with a reward of -3: it is the fifth
+        equal action in a row (terminated: a rule of the task), or beyond 40 actions (truncated). Truncated in any
+        case after 50 actions. Truncated with a reward of 0 when the worker of another backend than `native` failed.
     Info: `actions`, `task` (its type), `feedback` (of the text engine), `goal_conditions` (the fraction met),
         `shown` (numbers that tell what the frame shows); at the end `success` (the task is done), and `fault` (why
         a worker failed) if it was that.
