@@ -128,6 +128,26 @@ def test_settings_meet_in_the_order_file_then_command_line(capsys, tmp_path):
     }  # fmt: skip
 
 
+def test_the_name_of_a_group_alone_means_its_switch(capsys):
+    over = [
+        "--model",
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        "--model.dtype=bfloat16",
+        "--guidance",
+        "none",
+    ]
+    assert main(["train", *over, "--env", "Points24", "--teacher=linear", "--print_config"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["model"]["path"] == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert shown["model"]["dtype"] == "bfloat16"
+    assert shown["guidance"]["kind"] == "none"
+    assert shown["env"]["id"] == "Points24"
+    assert shown["teacher"]["method"] == "linear"
+    assert main(["train", "--model", "{path: here, vision: trained}", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["vision"] == "trained"
+    check_fails(capsys, ["train", "--ppo", "3", "--print_config"], "ppo must be a group")
+
+
 def test_a_printed_config_is_read_back_equal(capsys, tmp_path):
     assert (
         main(["train", "--print_config", "--ppo.lr", "1e-05", "--eval.extra_splits", "[all]"]) == 0
@@ -167,6 +187,7 @@ def test_a_missing_model_is_told(capsys, small, tmp_path):
         capsys,
         ["train", "--config", small, "--run", str(tmp_path / "r"), "--model.path", "./nowhere"],
         "model.path='./nowhere' cannot be loaded",
+        "hf download NAME --local-dir DIR",
     )
     check_fails(capsys, ["eval", "./nowhere", "--episodes", "1"], "model.path", "nowhere")
 

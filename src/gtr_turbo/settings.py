@@ -12,6 +12,8 @@ from gtr_turbo.checks import ConfigError, check_keys, suggest
 
 CONFIGS = Path(__file__).parent / "configs"
 SFT_CONFIGS = CONFIGS / "sft"
+SWITCHES = {"model": "path", "env": "id", "guidance": "kind", "teacher": "method"}
+"""Of a group, the setting that its name alone means: `--model X` is `--model.path X`."""
 
 
 def config_names(folder: Path = CONFIGS) -> list[str]:
@@ -88,7 +90,7 @@ def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--ppo.lr 1e-4 --env.options.prompt=full` as nested settings; values are YAML.
+    """`--ppo.lr 1e-4 --env.options.prompt=full --model DIR` as nested settings; values are YAML.
 
     Raises:
         ConfigError: an argument is no `--key value`.
@@ -102,18 +104,22 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         if not key.startswith("--") or (not equals and not rest):
             raise ConfigError(f"cannot read {key!r}; give settings as --group.name VALUE")
         value = value if equals else rest.pop(0)
+        try:
+            read = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"value of {key} cannot be read: {value!r}") from error
+        name = key[2:]
+        if name in SWITCHES and not isinstance(read, dict):
+            name = f"{name}.{SWITCHES[name]}"
         group = found
-        *path, last = key[2:].split(".")
+        *path, last = name.split(".")
         for part in path:
             group = group.setdefault(part, {})
             if not isinstance(group, dict):
                 raise ConfigError(
                     f"{key} and --{part} cannot both be given: {part} is a group of settings"
                 )
-        try:
-            group[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"value of {key} cannot be read: {value!r}") from error
+        group[last] = read
     return found
 
 

@@ -13,10 +13,14 @@ from typing import Any, Literal, get_type_hints
 
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import TrainConfig
-from gtr_turbo.settings import build_config, dump_config, merge, read_config, with_overrides
-
-SWITCHES = ("kind", "method")
-"""A group's main switch: `guidance` means `guidance.kind`, `teacher` means `teacher.method`."""
+from gtr_turbo.settings import (
+    SWITCHES,
+    build_config,
+    dump_config,
+    merge,
+    read_config,
+    with_overrides,
+)
 
 FREE = ("run", "threads", "trackers")
 """Settings that do not change what a run computes: a stored run may differ in them."""
@@ -141,7 +145,7 @@ def _switch(key: str) -> str:
     if not is_dataclass(cls):
         return key
     known = [field.name for field in fields(cls)]
-    if not (switch := next((name for name in SWITCHES if name in known), None)):
+    if not (switch := SWITCHES.get(key)):
         listed = ", ".join(f"{key}.{name}" for name in known)
         raise ConfigError(f"--vary {key} is a group of settings; name one of {listed}")
     return f"{key}.{switch}"
