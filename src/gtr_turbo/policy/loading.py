@@ -48,8 +48,8 @@ def load(config: ModelConfig) -> Any:
         raise ConfigError(
             f"model.path={config.path!r} cannot be loaded: {error}. Give tiny-qwen3-vl, tiny-qwen2.5-vl, a "
             "folder that save_pretrained wrote, or a hub name of an image-text-to-text model. Where no hub "
-            "is reached, download the model elsewhere (`hf download NAME --local-dir DIR`), bring DIR here, and give "
-            "--model DIR."
+            "is reached, download the model elsewhere (`hf download NAME --local-dir DIR`), bring DIR here, and "
+            "give --model DIR."
         ) from error
 
 
