@@ -102,7 +102,7 @@ def test_leaves_of_one_name_keep_their_groups():
             ["--vary", "guidance=kl,none", "--guidance.kind", "kl"],
             ["guidance.kind is both varied and given"],
         ),
-        (["--vary", "guidance.beta=1,2", "--guidance", "kl"], ["both varied and given"]),
+        (["--vary", "guidance.beta=1,2", "--guidance", "{beta: 3}"], ["both varied and given"]),
         (["--seeds", "30000000"], ["--seeds 30000000 is 30000000 seeds, at most 1000"]),
         (["--vary", "seed=1,2"], ["--seeds"]),
         (["--vary", "env.options.a=2026-01-01,.nan"], ["--vary cannot take the value 2026-01-01"]),
