@@ -25,7 +25,7 @@ TYPES = {"place": PLACE, "two": TWO, "light": LIGHT, "clean": CLEAN, "heat": HEA
 """What the option `task` calls ALFRED's task types."""
 SPLITS = ("all", "train", "held-out")
 BACKENDS = ("native", "textworld", "thor")
-ILLEGAL = ("nothing", "random", "end")
+ILLEGAL = ("nothing", "random")
 EXPERTS = ("oracle", "search")
 WON, INADMISSIBLE, CUT_SHORT = 50.0, -1.0, -3.0
 MAX_ACTIONS, MAX_EQUAL, MAX_STEPS = 40, 5, 50
@@ -55,10 +55,10 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         `thor` the image is the simulator's.
     Reward: 50 when the task is done, plus the change of the goal-condition fraction (ALFRED's), minus 1 for an
         inadmissible action.
-    Episode end: terminated when the task is done, and by an inadmissible action with `illegal: end`. With
-        `early_truncation`, a step that does not do the task ends the episode with a reward of -3: it is the fifth
-        equal action in a row (terminated: a rule of the task), or beyond 40 actions (truncated). Truncated in any
-        case after 50 actions. Truncated with a reward of 0 when the worker of another backend than `native` failed.
+    Episode end: terminated when the task is done. With `early_truncation`, a step that does not do the task ends
+        the episode with a reward of -3: it is the fifth equal action in a row (terminated: a rule of the task), or
+        beyond 40 actions (truncated). Truncated in any case after 50 actions. Truncated with a reward of 0 when
+        the worker of another backend than `native` failed.
     Info: `actions`, `task` (its type), `feedback` (of the text engine), `goal_conditions` (the fraction met),
         `shown` (numbers that tell what the frame shows); at the end `success` (the task is done), and `fault` (why
         a worker failed) if it was that.
@@ -70,8 +70,7 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         split: `all`, `train` or `held-out`; of generated games only.
         history: how many past actions the prompt shows, at most.
         describe: add the text engine's feedback to the prompt.
-        illegal: an inadmissible action plays `nothing`, or a `random` command (published), or is the `end` of the
-            episode, as a mistake is in the card games.
+        illegal: an inadmissible action plays `nothing`, or a `random` command (published).
         early_truncation: end an episode that repeats itself, or is long.
         games: a `game.tw-pddl` of ALFWorld or a folder of them, to play instead of generated games; for `thor`
             a `traj_data.json` or a folder of them.
@@ -80,7 +79,8 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         names: write the names of objects beside their symbols.
         size: height and width of the frame in pixels.
         expert: who demonstrates: an `oracle` that knows where everything is, or one that has to `search`, looking
-            into receptacles that it has not seen, in any order. An agent can imitate the second only.
+            into receptacles that it has not seen: by name, the next after the one here, and first those that need
+            not be opened. An agent can imitate the second only.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 - Gymnasium's name and form
@@ -163,9 +163,9 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
     def step(self, action: str) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Play a command."""
         command = action.strip()
-        reward, ended = 0.0, False
+        reward = 0.0
         if command not in self._backend.commands:
-            reward, ended = INADMISSIBLE, self._illegal == "end"
+            reward = INADMISSIBLE
             command = command[:MAX_SHOWN]
             if self._illegal == "random":
                 some = self._backend.commands
@@ -180,7 +180,7 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         before, self._met = self._met, self._backend.fraction
         success = self._backend.won
         reward += WON * success + self._met - before
-        terminated = success or ended
+        terminated = success
         truncated = not terminated and len(self._past) >= MAX_STEPS
         if self._early_truncation and not terminated:
             last = self._past[-MAX_EQUAL:]
@@ -258,7 +258,7 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         Raises:
             ContractError: the backend has no expert.
         """
-        reply = self._backend.expert(compact=self._compact, search=rng if self._searches else None)
+        reply = self._backend.expert(compact=self._compact, search=self._searches)
         if reply is None:
             raise ContractError(
                 "Household: backend='thor' has no expert; make demonstrations with backend='native'"

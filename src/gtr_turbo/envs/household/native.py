@@ -66,10 +66,8 @@ class Backend(Protocol):
     def shown(self) -> tuple[int, ...]:
         """What the frame shows, in numbers below 32; empty if that is not known."""
 
-    def expert(
-        self, *, compact: bool, search: np.random.Generator | None = None
-    ) -> tuple[str, str] | None:
-        """(thoughts, command) of the expert, who knows all or searches with a generator; None if there is none."""
+    def expert(self, *, compact: bool, search: bool = False) -> tuple[str, str] | None:
+        """(thoughts, command) of the expert, who knows all or has to search; None if there is none."""
 
     def close(self) -> None:
         """Free what it holds."""
@@ -137,11 +135,9 @@ class Native:
         number = 1 + kinds.index(kind) if kind in kinds else OTHER
         return number, int(at.closed), min(len(at.contents), MOST), held
 
-    def expert(
-        self, *, compact: bool, search: np.random.Generator | None = None
-    ) -> tuple[str, str] | None:
+    def expert(self, *, compact: bool, search: bool = False) -> tuple[str, str] | None:
         """The expert's reply. Its thoughts claim only what is in view, also if it knows where everything is."""
-        advice = self._oracle.advise(search)
+        advice = self._oracle.advise(search=search)
         return self._oracle.thoughts(advice, compact=compact), advice.command
 
     def close(self) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
 from gtr_turbo.envs.household.engine import APPLIANCES, TREATMENTS, Engine, Move, listed
 from gtr_turbo.envs.household.world import CLEAN, COOL, HEAT, LIGHT, TWO, Game, visible
 
@@ -40,20 +38,21 @@ class Oracle:
         self._verb = TREATMENTS.get(task.type, "")
         self._word = task.object.lower()
         self._searched: set[int] = set()
-        self._rng: np.random.Generator | None = None
+        self._searches = False
 
     def notice(self) -> None:
         """Remember what is in view now; a search relies on being told after every command."""
         self._searched.update(i for i in self._engine.here if not self._engine.closed(i))
 
-    def advise(self, rng: np.random.Generator | None = None) -> Advice:
+    def advise(self, *, search: bool = False) -> Advice:
         """The next command of a short way to the goal from here; `look` if there is no way.
 
         Args:
-            rng: search: use of the objects' places only those that were noticed, and if none will do, look into
-                a receptacle that was not, drawn with this. None knows them all.
+            search: use of the objects' places only those that were noticed, and if none will do, look into a
+                receptacle that was not: by their names, the next after the one here, around and around; those
+                that need not be opened come first.
         """
-        self._rng = rng
+        self._searches = search
         held = self._engine.state.held
         if held is not None and held not in self._wanted:
             return self._get_rid(held)
@@ -111,15 +110,22 @@ class Oracle:
         return self._use(places[item], Move("take", item), why)
 
     def _search(self, why: str) -> Advice:
-        """Look into a receptacle whose contents were never seen: one here, or any."""
-        names = [r.name for r in self._game.receptacles]
-        left = [i for i in range(len(names)) if i not in self._searched]
-        if not left or self._rng is None:
+        """Look into a receptacle whose contents were never seen: one here, or the next of a round."""
+        receptacles = self._game.receptacles
+        left = [i for i in range(len(receptacles)) if i not in self._searched]
+        if not left or not self._searches:
             return Advice("look", f"{why} I see no way to do it.")
         for i in self._engine.here:
             if i in left:
-                return Advice(f"open {names[i]}", f"{why} The {names[i]} is closed, so I open it.")
-        name = names[int(self._rng.choice(left))]
+                name = receptacles[i].name
+                return Advice(f"open {name}", f"{why} The {name} is closed, so I open it.")
+
+        here = max((receptacles[i].name for i in self._engine.here), default="")
+
+        def order(i: int) -> tuple[bool, bool, str]:
+            return receptacles[i].openable, receptacles[i].name <= here, receptacles[i].name
+
+        name = receptacles[min(left, key=order)].name
         return Advice(f"go to {name}", f"{why} I go to {name}.")
 
     def _shine(self, held: int | None) -> Advice:
@@ -160,7 +166,7 @@ class Oracle:
     def _knows(self, item: int) -> bool:
         """True if an object lies somewhere, and one who searches has seen it there."""
         place = self._engine.state.places[item]
-        return place is not None and (self._rng is None or place in self._searched)
+        return place is not None and (not self._searches or place in self._searched)
 
     def _treated(self) -> set[int]:
         state = self._engine.state

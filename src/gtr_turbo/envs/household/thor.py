@@ -123,9 +123,7 @@ class Thor:
         """Nothing is known of what a frame shows."""
         return ()
 
-    def expert(
-        self, *, compact: bool, search: np.random.Generator | None = None
-    ) -> tuple[str, str] | None:
+    def expert(self, *, compact: bool, search: bool = False) -> tuple[str, str] | None:
         """None: ALFWorld's expert for THOR does not know its own commands for putting things down."""
         return None
 
