@@ -44,7 +44,7 @@ STUDIES: dict[str, list[str]] = {
     "ezpoints": ["ezpoints", *kinds("ezpoints"), "--eval.interval", "5"],
     "household": [
         *("household-tiny", "--vary", "guidance=none,static,sft,kl", "--seeds", "3"),
-        *("--eval.episodes", "200", "--eval.interval", "10"),
+        *("--eval.episodes", "200"),
     ],
     # the published ablations
     "merge": [
