@@ -106,7 +106,7 @@ def test_a_tiny_model_learns_what_is_shown(tmp_path):
         model=ModelConfig(vision="trained", attention="eager"),
         vision_steps=40,
         steps=40,
-        batch_turns=16,
+        batch_turns=8,
         warmup_steps=5,
         demonstrations=[
             DemonstrationConfig(

@@ -170,7 +170,9 @@ def test_a_folder_in_use_is_left_alone(capsys, tmp_path):
 
 def test_no_path_of_this_machine_is_written_down(capsys, made, monkeypatch, tmp_path):
     fake, home = tmp_path / "python", tmp_path / "home"
-    fake.write_text('#!/bin/sh\necho "bad: $OUT/x, $PWD/y, $HOME/z and $HOME-made"\nexit 1\n')
+    fake.write_text(
+        '#!/bin/sh\necho "bad: $OUT/x, $PWD/y, $HOME/z and $HOME-made $OUT $OUT $OUT $OUT"\nexit 1\n'
+    )
     fake.chmod(0o755)
     work = tmp_path / "work"
     work.mkdir()
@@ -180,7 +182,7 @@ def test_no_path_of_this_machine_is_written_down(capsys, made, monkeypatch, tmp_
     monkeypatch.chdir(work)
     arguments = ["compare", "ezpoints", *VARY, "--seeds", "4", "--out", str(made)]
     assert main([*arguments, "--episodes", "0"]) == 1
-    why = f"exit code 1: bad: OUT/x, ./y, ~/z and {home}-made"
+    why = f"exit code 1: bad: OUT/x, ./y, ~/z and {home}-made OUT OUT OUT OUT"
     found = json.loads((made / "compare.json").read_text())
     assert [run["why"] for run in found["runs"] if not run["finished"]] == [why, why]
     for name in ("compare.json", "compare.csv", "report.html"):

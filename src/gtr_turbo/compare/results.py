@@ -146,12 +146,12 @@ def _read(job: Job, out: Path, failure: str | None, notes: list[str]) -> RunResu
 
 
 def without_paths(text: str, out: Path) -> str:
-    """A text in which the comparison's folder is OUT, the working folder `.`, and the home folder `~`."""
+    """The comparison's folder is OUT, the working folder `.`, the home folder `~`; then 300 characters are kept."""
     for folder, name in ((out, "OUT"), (Path.cwd(), "."), (Path(os.path.expanduser("~")), "~")):
         for path in (os.path.abspath(folder), os.path.realpath(folder)):
             if path != "/":
                 text = re.sub(rf"(?<![\w.~-]){re.escape(path)}(?![\w-])", name, text)
-    return text
+    return text[:300]
 
 
 class _Table:

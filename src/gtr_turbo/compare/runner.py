@@ -88,7 +88,7 @@ class Runner:
                     continue
                 done += 1
                 failure = self.failures.get(job.folder)
-                how = f"failed: {failure}" if failure else "finished"
+                how = f"failed: {failure[:300]}" if failure else "finished"
                 self.say(f"[{done}/{total}] {job.name}: {how}")
         except BaseException:
             self._stop()
@@ -157,7 +157,7 @@ def _send(pid: int, number: signal.Signals) -> None:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something, without control characters; at most 300 characters."""
+    """The last line of a log that says something, without control characters."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, log.stat().st_size - 8192))
@@ -166,4 +166,4 @@ def last_line(log: Path) -> str:
         return "no log"
     shown = ("".join(filter(str.isprintable, ESCAPES.sub("", line))).strip() for line in lines)
     said = [line for line in shown if line]
-    return said[-1][:300] if said else "the log is empty"
+    return said[-1] if said else "the log is empty"
