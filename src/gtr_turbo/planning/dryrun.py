@@ -110,15 +110,17 @@ class Shadow:
 
     def __init__(self, config: ModelConfig) -> None:
         from transformers import AttentionInterface, AutoModelForImageTextToText
+        from transformers.initialization import no_init_weights
 
         AttentionInterface.register("planned", _attention)
         self.config = config
         self.architecture = architecture(config.path)
         kind = "eager" if config.attention == "eager" else "planned"
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():  # random numbers without memory take seconds
             self.base: Any = AutoModelForImageTextToText.from_config(
                 self.architecture, dtype=DTYPES[config.dtype], attn_implementation=kind
             )
+            self.base.tie_weights()  # which the initialisation would have done
         self.parameters = sum(p.numel() for p in self.base.parameters())
         self.weights = _nbytes(self.base.parameters())
         embeddings, head = (
@@ -135,7 +137,8 @@ class Shadow:
         self.caches_features = config.vision == "frozen" and takes_features(self.base)
         self.model: Any = self.base
         if config.train == "lora":
-            self.model = add_adapters(self.base, config)
+            with no_init_weights():
+                self.model = add_adapters(self.base, config)
         else:
             for name, parameter in self.base.named_parameters():
                 parameter.requires_grad_(config.vision == "trained" or not is_vision(name))
