@@ -14,7 +14,9 @@ CLASSES = {
     "qwen3-vl": "Qwen3VLForConditionalGeneration",
     "qwen2.5-vl": "Qwen2_5_VLForConditionalGeneration",
     "household-qwen3-vl": "Qwen3VLForConditionalGeneration",
+    "household-qwen2.5-vl": "Qwen2_5_VLForConditionalGeneration",
 }
+HOUSEHOLD = [name for name in starter.STARTERS if name.startswith("household-")]
 
 
 @pytest.mark.parametrize("name", starter.STARTERS)
@@ -25,7 +27,7 @@ def test_a_starter_is_a_small_bf16_file_of_a_stock_class(name):
     assert type(model).__name__ == CLASSES[name]
     assert next(model.parameters()).dtype == torch.bfloat16
     tokens = AutoTokenizer.from_pretrained(folder)
-    if name == "household-qwen3-vl":
+    if name in HOUSEHOLD:
         pieces = tokens.convert_ids_to_tokens(tokens.encode("go to countertop 3"))
         assert pieces == ["go", "Ġto", "Ġcountertop", "Ġ3"]
         return
@@ -56,8 +58,9 @@ def test_a_starter_wins_some_but_leaves_most_to_learn(name, env, options):
     assert 0.02 < result.summary()["success"] < 0.45
 
 
-def test_the_household_starter_says_what_it_does_in_rooms_it_never_saw():
-    policy = Policy(ModelConfig(path="tiny-household-qwen3-vl", attention="eager"), temperature=1.0)
+@pytest.mark.parametrize("name", HOUSEHOLD)
+def test_a_household_starter_says_what_it_does_in_rooms_it_never_saw(name):
+    policy = Policy(ModelConfig(path=f"tiny-{name}", attention="eager"), temperature=1.0)
     options = {"prompt": "compact", "history": 20}
     envs = Envs(EnvConfig(id="Household-Place", options=options, num_envs=48), "held-out", seed=5)
     envs.start()

@@ -16,7 +16,7 @@ import torch
 from gtr_turbo.policy.processing import CHAT_TEMPLATE
 
 ARCHITECTURES = ("qwen3-vl", "qwen2.5-vl")
-STARTERS = (*ARCHITECTURES, "household-qwen3-vl")
+STARTERS = (*ARCHITECTURES, "household-qwen3-vl", "household-qwen2.5-vl")
 """The shipped ones; those with the bare name of an architecture know the card games."""
 FOLDER = Path(__file__).parent.parent / "starters"
 SPECIAL = (
