@@ -154,6 +154,17 @@ def test_the_history_can_be_shortened_and_switched_off():
         assert f"you have taken: {shown}. " in observation["prompt"]
 
 
+@pytest.mark.parametrize("length", [3, 20, 50])
+def test_the_history_is_that_of_the_last_actions_whatever_their_number(length):
+    env, _, _ = household(history=length, prompt="compact", early_truncation=False)
+    played = []
+    for step in range(45):
+        played.append(("look", "help", "inventory")[step % 3])
+        observation, *_ = env.step(played[-1])
+        past = observation["prompt"].splitlines()[1]
+        assert past == f"past: {', '.join(map(repr, played[-length:]))}"
+
+
 def test_the_description_is_there_if_asked_for():
     env, observation, _ = household(describe=True)
     assert "description of the current scene: " in observation["prompt"]

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 
+from gtr_turbo.envs import make_env
 from gtr_turbo.envs.household import facts, files, naming
 from gtr_turbo.envs.household.engine import Engine
 from gtr_turbo.envs.household.files import GameError
@@ -86,6 +87,16 @@ def test_generated_games_are_legal_and_not_begun(task):
 def test_a_seed_makes_a_game():
     one, other, third = (generate(np.random.default_rng(seed)) for seed in (3, 3, 4))
     assert one == other != third
+
+
+def test_objects_in_receptacles_close_by_have_ids_of_their_own(tmp_path):
+    """Seed 1305: a plunger each in two cabinets that stand an object's step apart."""
+    env = make_env("Household-Clean")
+    env.reset(seed=1305)
+    game = env.unwrapped.engine.game
+    assert len({thing.id for thing in game.objects}) == len(game.objects)
+    again = files.load(files.export(game, tmp_path, "x", []))
+    assert [(t.name, t.home) for t in again.objects] == [(t.name, t.home) for t in game.objects]
 
 
 def test_splits_share_no_room():

@@ -176,6 +176,7 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
             try:
                 self._feedback = self._backend.step(command)
             except WorkerError as fault:
+                self._past.pop()  # it was not played
                 return self._give_up(fault)
         before, self._met = self._met, self._backend.fraction
         success = self._backend.won
@@ -209,8 +210,8 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         self._backend.close()
 
     def _observation(self) -> dict[str, Any]:
-        commands, past = self._backend.commands, self._past[len(self._past) - self._history :]
-        past = past if self._history else []
+        commands, past = self._backend.commands, self._past[-self._history :]
+        past = past if self._history else []  # -0 is the beginning, not the end
         told = self._feedback if self._describe else ""
         sentence = self._backend.sentence
         if self._compact:

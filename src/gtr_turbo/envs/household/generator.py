@@ -138,10 +138,13 @@ def _place(rng: np.random.Generator, room: facts.Scene, goal: Task) -> list[tupl
 
 def _ids(room: facts.Scene, placed: list[tuple[str, int]]) -> list[str]:
     """Ids as THOR's, from the place of the receptacle and a number, so that no two are equal."""
-    ids = []
+    ids: list[str] = []
     for i, (kind, at) in enumerate(placed):
-        _, x, y, z = room.receptacles[at][1].split("|")[:4]
-        ids.append(f"{kind}|{float(x) + i / 100:+06.2f}|{float(y):+06.2f}|{float(z):+06.2f}")
+        x, y, z = map(float, room.receptacles[at][1].split("|")[1:4])
+        x += i / 100
+        while (made := f"{kind}|{x:+06.2f}|{y:+06.2f}|{z:+06.2f}") in ids:
+            x += len(placed) / 100  # of a receptacle nearby
+        ids.append(made)
     return ids
 
 
