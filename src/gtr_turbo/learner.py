@@ -15,6 +15,7 @@ from gtr_turbo.collect import MINIBATCHES, SAMPLING, TEACHING, Envs, collect, st
 from gtr_turbo.config import TrainConfig
 from gtr_turbo.distributed.ranks import ALONE, Ranks
 from gtr_turbo.learning.advantages import assign_credit
+from gtr_turbo.learning.losses import masked_mean
 from gtr_turbo.learning.update import Imitation, make_optimizer, update
 from gtr_turbo.policy.engine import Engine
 from gtr_turbo.policy.memory import CudaMeter, Microbatch
@@ -254,7 +255,8 @@ def _imitate(
         )
     else:
         return {}, None
-    weight = own.weight + (own.weight_final - own.weight) * iteration / config.num_updates
+    done = iteration / max(1, config.num_updates - 1)
+    weight = own.weight + (own.weight_final - own.weight) * done
     if not memory.targets or not weight:
         return told, None
 
@@ -288,9 +290,8 @@ def _teacher_metrics(
     metrics["teacher/distance"] = policy.teacher_distance()
     metrics["teacher/zero_fraction"] = history.zero_fraction
     if batch.kl_tokens is not None:
-        thoughts = config.guidance.tokens == "thought"
-        mask = batch.thought_mask if thoughts else batch.inputs.response_mask
-        total = policy.ranks.sum(torch.stack([batch.kl_tokens.sum(), mask.sum()]))
+        assert batch.kl_mask is not None
+        total = policy.ranks.sum(torch.stack([batch.kl_tokens.sum(), batch.kl_mask.sum()]))
         metrics["teacher/kl"] = float(total[0] / total[1].clamp(min=1))
     if batch.kl_tokens is not None and config.guidance.kind in ("kl", "static"):
         metrics["teacher/credit"] = config.guidance.beta * metrics["teacher/kl"]
@@ -303,6 +304,7 @@ def credit(batch: Batch, ranks: Ranks, **settings: Any) -> Batch:
         return assign_credit(batch, **settings)
     names = (
         "rewards", "old_values", "next_values", "terminated", "done", "thought_mask", "kl", "kl_tokens",
+        "kl_mask",
     )  # fmt: skip
     columns = {
         name: ranks.gather_rows(getattr(batch, name), batch.shape)
@@ -324,8 +326,10 @@ def per_turn(batch: Batch, policy: Policy, envs: int) -> dict[str, list[Any]]:
     """What trajectories hold beside the turns; the text of the tokens for the first `envs` environments."""
     assert batch.advantages is not None
     advantages = batch.advantages
+    if advantages.ndim > 1:
+        advantages = masked_mean(advantages, batch.inputs.response_mask, dim=1)
     columns: dict[str, list[Any]] = {
-        "advantage": (advantages if advantages.ndim == 1 else advantages.mean(1)).tolist(),
+        "advantage": advantages.tolist(),
         "tokens": [
             [policy.processor.decode([token]) for token in row[mask].tolist()]
             if number % batch.shape[1] < envs
@@ -336,7 +340,8 @@ def per_turn(batch: Batch, policy: Policy, envs: int) -> dict[str, list[Any]]:
         ],
     }
     if batch.kl_tokens is not None:
-        counts = batch.thought_mask.sum(1).tolist()
+        assert batch.kl_mask is not None
+        counts = batch.kl_mask.sum(1).tolist()
         columns["kl_tokens"] = [
             [round(x, 5) for x in row[:n]]
             for row, n in zip(batch.kl_tokens.tolist(), counts, strict=True)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from gtr_turbo.learner import per_turn
 from gtr_turbo.learning.advantages import assign_credit, centre, gae, normalise
 from gtr_turbo.turns.batch import Batch, Inputs
 
@@ -24,6 +25,9 @@ def make_batch(*, shape, thoughts, rewards, values, next_values, done, terminate
     """A batch of replies of four tokens, whose first `thoughts[i]` are the thought."""
     count = len(rewards)
     tokens = torch.ones((count, 4), dtype=torch.bool)
+    thought = torch.arange(4)[None] < torch.tensor(thoughts)[:, None]
+    if "kl_tokens" in more:
+        more.setdefault("kl_mask", thought)
     done = torch.tensor(done)
     return Batch(
         inputs=Inputs(
@@ -33,7 +37,7 @@ def make_batch(*, shape, thoughts, rewards, values, next_values, done, terminate
             response_ids=torch.ones((count, 4), dtype=torch.long),
             response_mask=tokens,
         ),
-        thought_mask=torch.arange(4)[None] < torch.tensor(thoughts)[:, None],
+        thought_mask=thought,
         old_logprobs=torch.full((count, 4), -1.0),
         old_values=torch.tensor(values),
         hidden=torch.zeros((count, 2)),
@@ -230,6 +234,21 @@ def test_an_invalid_reply_has_no_kl_and_does_not_move_the_others(credit, center)
     if credit == "token":
         assert done.advantages[2].tolist() == [-2.0] * 4
         assert done.advantages[0, 2:].tolist() == [1.0, 1.0]
+
+
+def test_a_centred_kl_of_the_whole_reply_reaches_the_action():
+    # seven guided tokens, the fourth of the second turn is not; their mean is 7 / 7 = 1
+    tokens = torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0, 0.5, 0.5, 9.0]])
+    mask = torch.tensor([[True] * 4, [True, True, True, False]])
+    batch = two_turns(kl_tokens=tokens, kl_mask=mask)
+    done = assign_credit(batch, **{**SETTINGS, "center": True, "credit": "token"})
+    assert done.advantages.tolist() == [[3.0, 1.0, -1.0, -3.0], [6.0, 5.0, 5.0, 4.0]]
+
+
+def test_dense_credit_is_stored_as_its_mean_over_the_reply():
+    batch = two_turns(advantages=torch.tensor([[1.0, 2.0, 9.0, 9.0], [1.0, 2.0, 3.0, 6.0]]))
+    batch.inputs.response_mask[0, 2:] = False  # a reply of two tokens
+    assert per_turn(batch, None, 0)["advantage"] == [1.5, 3.0]
 
 
 def test_the_batch_that_came_in_is_not_changed():

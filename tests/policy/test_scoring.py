@@ -160,6 +160,17 @@ def test_the_kl_to_oneself_is_zero_and_to_another_is_not(tiny, estimator):
     torch.testing.assert_close(other.kl, other.kl_tokens.sum(1) / counts)
 
 
+def test_guidance_of_whole_responses_leaves_invalid_replies_alone(tiny):
+    policy = make_policy(tiny)
+    policy.load_teacher({name: torch.ones_like(delta) for name, delta in policy.deltas()})
+    batch = _batch(policy, observations(policy, 2), ['{"cards": [2, 6]', "no thought"])
+    batch.thought_mask[1] = False
+    guided = guide(batch, policy, GuidanceConfig(tokens="response"), microbatch_turns=2)
+    assert torch.equal(guided.kl_mask[0], batch.inputs.response_mask[0])
+    assert not guided.kl_mask[1].any()
+    assert guided.kl[0] > 0 == guided.kl[1]
+
+
 def test_without_a_thought_there_is_no_kl_and_without_guidance_no_scoring(tiny):
     policy = make_policy(tiny)
     policy.load_teacher({name: torch.ones_like(delta) for name, delta in policy.deltas()})

@@ -471,6 +471,25 @@ def test_a_budget_of_tokens_or_dollars_is_not_overrun(turns, tmp_path, concurren
     assert next(iter(budget)) in asked.stopped
 
 
+def test_an_error_in_the_place_of_an_answer_is_tried_again_within_a_budget(turns, tmp_path):
+    used = says(ANSWER) | {"usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+    with endpoint(
+        {"error": {"message": "Provider returned error", "code": 502}}, after=used
+    ) as server:
+        asked = corrector(server, tmp_path, retries=1, concurrency=1, budget={"tokens": 1000})
+        answers = asked.ask(turns[:1], 1)
+    assert answers[0] is not None
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("depth", range(850, 1000, 3))
+def test_json_of_any_depth_is_judged(depth):
+    deep = {}
+    for _ in range(depth):
+        deep = {"a": deep}
+    assert problem(deep, {"type": "string"})
+
+
 def test_a_budget_that_cannot_be_kept_is_refused(turns, tmp_path):
     with (
         endpoint(says(ANSWER)) as server,
@@ -642,6 +661,7 @@ def test_letters_beyond_ascii_are_imitated_as_the_agent_writes_them(policy, turn
     processor = SimpleNamespace(
         reply_ids=lambda text: written.append(text) or policy.processor.reply_ids(text),
         decode=policy.processor.decode,
+        clean=policy.processor.clean,
     )
     with endpoint(says(answer)) as server:
         corrected(

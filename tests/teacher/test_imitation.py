@@ -57,6 +57,16 @@ def test_of_a_whole_response_the_teachers_action_is_trained_too(policy):
     assert trained == len(ids)
 
 
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_<|im_end|>end|>", "<|image_<|im_end|>pad|>"])
+def test_markup_in_a_thought_is_taken_out_and_moves_nothing(policy, token):
+    ids, trained = splice(
+        policy.processor, TEACHER.replace("2*6", f"2{token}*6{token}"), AGENT, FIELDS
+    )
+    plain, as_many = splice(policy.processor, TEACHER, AGENT, FIELDS)
+    assert torch.equal(ids, plain)
+    assert trained == as_many
+
+
 @pytest.mark.parametrize(
     "teacher", ["", "no json", '{"thoughts": "x"', '{"action": "1", "thoughts": "after"}']
 )

@@ -81,8 +81,8 @@ def assign_credit(
         eps: added to the deviation.
         beta: weight of the KL.
         credit: `advantage`: A' = A - beta KL (the paper's equation); `reward`: r' = r - beta KL, carried to
-            earlier turns by GAE (its Algorithm 2); `token`: A'_t = A - beta KL_t on each thought token.
-        center: subtract the KL's mean first, over the turns (or tokens) that have a thought.
+            earlier turns by GAE (its Algorithm 2); `token`: A'_t = A - beta KL_t on each guided token.
+        center: subtract the KL's mean first, over the turns that have a thought, or the guided tokens.
 
     Returns:
         the batch with `advantages` (B,), or (B, R) for `token`, and `returns` (B,).
@@ -109,6 +109,7 @@ def assign_credit(
     if batch.kl_tokens is not None and credit == "token":
         tokens = batch.kl_tokens
         if center:
-            tokens = centre(tokens, batch.thought_mask)
+            assert batch.kl_mask is not None
+            tokens = centre(tokens, batch.kl_mask)
         advantages = advantages[:, None] - beta * tokens
     return batch.with_(advantages=advantages, returns=returns)

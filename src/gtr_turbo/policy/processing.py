@@ -88,8 +88,11 @@ class Processor:
 
     def clean(self, text: str) -> str:
         """`text` without the model's special tokens: text of an environment is data, never markup."""
-        for token in self._specials:
-            text = text.replace(token, "")
+        before = None
+        while text != before:  # what is left may join to another
+            before = text
+            for token in self._specials:
+                text = text.replace(token, "")
         return text
 
     def image_inputs(self, frames: list[np.ndarray]) -> dict[str, Tensor]:

@@ -131,8 +131,14 @@ class Endpoint:
         finally:
             tally["microseconds"] += round(1e6 * (time.monotonic() - began))
         completion = loads(text, self.secret)
-        self._count_tokens(completion, tally)
-        return read_choice(completion)
+        counted = self._count_tokens(completion, tally)
+        choice = read_choice(completion)
+        if not counted and (self._config.budget.tokens or self._config.budget.dollars):
+            raise ConfigError(
+                f"{self._config.base_url} does not report its usage, so a budget of tokens or dollars cannot "
+                "be kept; set guidance.external.budget.calls instead"
+            )
+        return choice
 
     def _meaning(self, error: Any) -> Exception:
         """What an HTTP status other than 2xx means."""
@@ -179,18 +185,16 @@ class Endpoint:
             "there is no checkpoint yet)"
         )
 
-    def _count_tokens(self, completion: Any, tally: Counter[str]) -> None:
+    def _count_tokens(self, completion: Any, tally: Counter[str]) -> bool:
+        """Whether the answer says what it used."""
         usage = completion.get("usage") if isinstance(completion, dict) else None
         usage = usage if isinstance(usage, dict) else {}
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-        if all(type(count) is int and count >= 0 for count in counts):
-            tally["tokens_in"] += counts[0] or 0
-            tally["tokens_out"] += counts[1] or 0
-        elif self._config.budget.tokens or self._config.budget.dollars:
-            raise ConfigError(
-                f"{self._config.base_url} does not report its usage, so a budget of tokens or dollars cannot "
-                "be kept; set guidance.external.budget.calls instead"
-            )
+        if not all(type(count) is int and count >= 0 for count in counts):
+            return False
+        tally["tokens_in"] += counts[0] or 0
+        tally["tokens_out"] += counts[1] or 0
+        return True
 
 
 def retry_after(header: str | None) -> float:

@@ -23,7 +23,9 @@ def guide(batch: Batch, policy: Policy, config: GuidanceConfig, *, microbatch_tu
     if config.kind not in ("kl", "static") and not config.monitor:
         return batch
     as_teacher = policy.as_start if config.kind == "static" else policy.as_teacher
-    mask = batch.thought_mask if config.tokens == "thought" else batch.inputs.response_mask
+    mask = batch.thought_mask
+    if config.tokens == "response":
+        mask = batch.inputs.response_mask & mask.any(1, keepdim=True)
     kl = torch.zeros_like(batch.old_logprobs)
     parts = torch.split(by_length(batch.inputs, torch.arange(len(batch))), microbatch_turns)
     if config.estimator == "full":
@@ -46,4 +48,4 @@ def guide(batch: Batch, policy: Policy, config: GuidanceConfig, *, microbatch_tu
                 )
     kl = kl * mask
     mean = losses.masked_mean(kl, mask, dim=1)
-    return batch.with_(kl=mean, kl_tokens=kl)
+    return batch.with_(kl=mean, kl_tokens=kl, kl_mask=mask)

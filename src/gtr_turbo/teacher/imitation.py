@@ -48,6 +48,7 @@ def splice(
         (ids (R,) with the end token, how many of the first are trained); None if the teacher's reply, or what
         came out, is no valid reply.
     """
+    teacher, agent = processor.clean(teacher), processor.clean(agent)
     written, acted = parse(teacher, fields), parse(agent, fields)
     if not (written.valid and acted.valid):
         return None

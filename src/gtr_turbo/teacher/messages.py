@@ -183,10 +183,13 @@ def problem(value: Any, schema: Mapping[str, Any]) -> str | None:
     """What about `value` does not keep `schema`, cut to 200 characters; None if it does."""
     import jsonschema
 
-    error = jsonschema.exceptions.best_match(
-        jsonschema.Draft202012Validator(schema).iter_errors(value)
-    )
-    return None if error is None else f"{error.json_path}: {error.message}"[:200]
+    try:
+        error = jsonschema.exceptions.best_match(
+            jsonschema.Draft202012Validator(schema).iter_errors(value)
+        )
+        return None if error is None else f"{error.json_path}: {error.message}"[:200]
+    except RecursionError:
+        return "it is nested too deeply"
 
 
 def read_choice(completion: Any) -> Mapping[str, Any]:

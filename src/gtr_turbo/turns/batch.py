@@ -63,7 +63,9 @@ class Batch:
     kl: Tensor | None = None
     """(B,) float32, mean over the thought's tokens of the KL estimate to the teacher; 0 without a thought."""
     kl_tokens: Tensor | None = None
-    """(B, R) float32, the KL estimate of each thought token, 0 elsewhere."""
+    """(B, R) float32, the KL estimate of each guided token, 0 elsewhere."""
+    kl_mask: Tensor | None = None
+    """(B, R) bool, True on guided tokens: the thought's, or all of a reply that has one."""
     advantages: Tensor | None = None
     """(B, R) float32 if credit is dense, else (B,)."""
     returns: Tensor | None = None

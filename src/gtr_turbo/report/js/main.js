@@ -68,7 +68,9 @@ function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || byId("help").open) return;
   const target = event.target;
   if (target.matches("input:not([type=checkbox], [type=radio]), textarea, select")) {
-    if (event.key === "Escape") target.blur();
+    if (event.key !== "Escape") return;
+    event.preventDefault(); // a browser would empty the field and tell nobody
+    target.blur();
     return;
   }
   const inside = byId("replay").contains(target);
