@@ -482,6 +482,13 @@ def test_an_error_in_the_place_of_an_answer_is_tried_again_within_a_budget(turns
     assert len(server.requests) == 2
 
 
+def test_an_update_without_an_answer_of_use_is_told(turns, tmp_path):
+    notes = []
+    with endpoint(after=says("no json")) as server:
+        corrector(server, tmp_path, notes=notes, retries=0, concurrency=1).ask(turns[:2], 7)
+    assert "gave no answer of use in update 7 (not_json 2): it is not guided" in notes[-1]
+
+
 @pytest.mark.parametrize("depth", range(850, 1000, 3))
 def test_json_of_any_depth_is_judged(depth):
     deep = {}
