@@ -1,10 +1,11 @@
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
 
-from gtr_turbo.envs import make_env
+from gtr_turbo.envs import ContractError, make_env
 from gtr_turbo.envs.household import facts, files, naming
 from gtr_turbo.envs.household.engine import Engine
 from gtr_turbo.envs.household.files import GameError
@@ -249,7 +250,23 @@ def edit(key, old, new):
     return change
 
 
+def drop(pattern):
+    """Take the facts out that match."""
+
+    def change(data):
+        left, count = re.subn(pattern, "", data["pddl_problem"])
+        assert count
+        return data | {"pddl_problem": left}
+
+    return change
+
+
 DAMAGED = {
+    "nothing to take": (drop(r"\(pickupable SoapBar_[^)]*\)"), "not enough of SoapBar that can be"),
+    "no basin": (
+        lambda d: d | {"pddl_problem": d["pddl_problem"].replace("SinkBasinType", "SinkType")},
+        "cannot be met: there is not a SinkBasin",
+    ),
     "a list": (lambda data: [data], "JSON object with the texts"),
     "no problem": (lambda data: {"grammar": data["grammar"]}, "'grammar' and 'pddl_problem'"),
     "cut off": (lambda data: data | {"pddl_problem": data["pddl_problem"][:-900]}, "ends inside"),
@@ -314,6 +331,15 @@ def test_a_damaged_game_file_is_told_in_one_sentence(name, tmp_path):
         files.load(path)
     assert str(path) in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+def test_a_class_without_a_picture_is_told_before_the_game_begins(tmp_path):
+    def strange(data):
+        return data | {"pddl_problem": data["pddl_problem"].replace("CandleType", "BogusType")}
+
+    env = make_env("Household", games=str(exported(tmp_path, strange)))
+    with pytest.raises(ContractError, match=r"no picture of its \['Bogus'\]"):
+        env.reset(seed=0)
 
 
 def test_a_file_that_is_no_json_or_missing_or_huge_is_refused(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gtr_turbo.envs.household import facts, naming
+from gtr_turbo.envs.household.engine import APPLIANCES, TREATMENTS
 from gtr_turbo.envs.household.pddl import (
     CAN,
     STATED,
@@ -27,7 +28,16 @@ from gtr_turbo.envs.household.pddl import (
     pose_of,
     section,
 )
-from gtr_turbo.envs.household.world import TASKS, Game, Item, Pose, Receptacle, Task, room_of
+from gtr_turbo.envs.household.world import (
+    TASKS,
+    TWO,
+    Game,
+    Item,
+    Pose,
+    Receptacle,
+    Task,
+    room_of,
+)
 
 GAME, PROBLEM, TRAJECTORY = "game.tw-pddl", "initial_state.pddl", "traj_data.json"
 MAX_BYTES, MAX_THINGS = 4_000_000, 1000
@@ -172,6 +182,28 @@ def _task(goal: Tree) -> Task:
     )
 
 
+def _check_goal(game: Game) -> None:
+    """Whether what the goal asks for is there at all.
+
+    Raises:
+        GameError: it is not, so that the game cannot be won.
+    """
+    task = game.task
+    wanted = sum(thing.kind == task.object and "pickup" in thing.can for thing in game.objects)
+    lamps = sum(thing.kind == task.lamp and "toggle" in thing.can for thing in game.objects)
+    kinds = {home.kind for home in game.receptacles}
+    appliance = APPLIANCES.get(TREATMENTS.get(task.type, ""))
+    needed = (
+        (wanted >= 1 + (task.type == TWO), f"enough of {task.object} that can be taken"),
+        (lamps or not task.lamp, f"a {task.lamp} that can be switched on"),
+        (task.receptacle in kinds or not task.receptacle, f"a {task.receptacle}"),
+        (appliance is None or appliance in kinds, f"a {appliance}"),
+    )
+    for there, what in needed:
+        if not there:
+            raise GameError(f"its goal cannot be met: there is not {what}")
+
+
 class _Wording(NamedTuple):
     """What the grammar of a game says in its own way."""
 
@@ -254,7 +286,7 @@ def read(data: Any, scene: int = 0) -> Game:
         scene: number of its scene, 0 if it is not known.
 
     Raises:
-        GameError: it is damaged, or no text game of the six task types.
+        GameError: it is damaged, no text game of the six task types, or its goal cannot be met.
     """
     if not isinstance(data, dict) or not all(
         isinstance(data.get(key), str) for key in ("grammar", "pddl_problem")
@@ -278,7 +310,7 @@ def read(data: Any, scene: int = 0) -> Game:
     holds: dict[str, set[str]] = defaultdict(set)
     for home, kind in found["canContain"]:
         holds[kind_of(home)].add(kind_of(kind))
-    return Game(
+    game = Game(
         scene=scene,
         room=room_of(scene),
         task=_task(section(trees[0], ":goal")),
@@ -301,6 +333,8 @@ def read(data: Any, scene: int = 0) -> Game:
         help=wording.help,
         locations=_locations(found) if wording.arrives_at_locations else {},
     )
+    _check_goal(game)
+    return game
 
 
 def load(path: Path) -> Game:

@@ -8,10 +8,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from gtr_turbo.envs.household import drawing, facts, files
+from gtr_turbo.envs.household import drawing, facts, files, sprites
 from gtr_turbo.envs.household.engine import Engine
 from gtr_turbo.envs.household.generator import generate
 from gtr_turbo.envs.household.oracle import Oracle
+from gtr_turbo.envs.household.pddl import GameError
 from gtr_turbo.envs.household.world import Game, visible
 
 OTHER, MOST = 31, 31
@@ -91,6 +92,9 @@ class Native:
         if game is None and self._given:
             path = self._given[int(rng.integers(len(self._given)))]
             game = files.load(path)
+            kinds = {home.kind for home in game.receptacles} | {o.kind for o in game.objects}
+            if strange := sorted(kinds - set(sprites.cells())):
+                raise GameError(f"cannot play {path}: there is no picture of its {strange[:5]}")
         return self._start(game or generate(rng, task=self._type, split=self._split), path)
 
     def _start(self, game: Game, path: Path | None) -> str:
