@@ -5,7 +5,7 @@ from kitchen import kitchen
 
 from gtr_turbo.envs import ContractError, make_env
 from gtr_turbo.envs.household import files
-from gtr_turbo.envs.household.generator import generate
+from gtr_turbo.envs.household.generator import generate, scenes
 from gtr_turbo.envs.household.world import CLEAN, HEAT, LIGHT, TASKS, Task
 
 WIN = (
@@ -214,6 +214,13 @@ def test_given_game_files_are_played(tmp_path):
         ({"illegal": "raise"}, "illegal='raise' is not one of nothing, random"),
         ({"history": -1}, "history=-1 must be at least 0"),
         ({"size": 64}, "size=64 at least 300"),
+        ({"history": 2.5}, r"history=2\.5 must be int"),
+        ({"names": "no"}, "names='no' must be bool"),
+        (
+            {"backend": "textworld", "limits": {"step": float("inf")}},
+            "limits.step=inf must be above 0 and",
+        ),
+        ({"backend": "textworld", "limits": 5}, "limits=5 must be a mapping"),
         ({"expert": "human"}, "expert='human' is not one of oracle, search"),
         ({"games": "/nowhere"}, r"no solvable game.tw-pddl at /nowhere"),
     ],
@@ -221,6 +228,19 @@ def test_given_game_files_are_played(tmp_path):
 def test_a_wrong_option_is_told(options, message):
     with pytest.raises(ContractError, match=message):
         make_env("Household", **options)
+
+
+@pytest.mark.parametrize("game", ["x", {}])
+def test_a_game_that_is_none_is_told(game):
+    with pytest.raises(ContractError, match="must be a Game"):
+        make_env("Household").reset(options={"game": game})
+
+
+def test_rooms_of_an_unknown_split_or_task_are_refused():
+    with pytest.raises(ValueError, match="split='heldout'"):
+        scenes("heldout", CLEAN)
+    with pytest.raises(ValueError, match="task='cook'"):
+        generate(np.random.default_rng(0), task="cook")
 
 
 def test_a_split_of_given_games_is_refused(tmp_path):

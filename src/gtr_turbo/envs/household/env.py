@@ -15,15 +15,15 @@ from gtr_turbo import prompts
 from gtr_turbo.envs.contract import AnyText, ContractError, observation_space
 from gtr_turbo.envs.household import drawing, files
 from gtr_turbo.envs.household.engine import NOTHING, Engine
+from gtr_turbo.envs.household.generator import SPLITS
 from gtr_turbo.envs.household.native import Backend, Native
 from gtr_turbo.envs.household.textworld import TextWorld
 from gtr_turbo.envs.household.thor import Thor, find_tasks
 from gtr_turbo.envs.household.worker import Limits, WorkerError
-from gtr_turbo.envs.household.world import CLEAN, COOL, HEAT, LIGHT, PLACE, TWO
+from gtr_turbo.envs.household.world import CLEAN, COOL, HEAT, LIGHT, PLACE, TWO, Game
 
 TYPES = {"place": PLACE, "two": TWO, "light": LIGHT, "clean": CLEAN, "heat": HEAT, "cool": COOL}
 """What the option `task` calls ALFRED's task types."""
-SPLITS = ("all", "train", "held-out")
 BACKENDS = ("native", "textworld", "thor")
 ILLEGAL = ("nothing", "random")
 EXPERTS = ("oracle", "search")
@@ -104,6 +104,15 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         expert: str = "oracle",
         render_mode: str | None = None,
     ) -> None:
+        for name, value, kind in (
+            ("history", history, int),
+            ("size", size, int),
+            ("describe", describe, bool),
+            ("early_truncation", early_truncation, bool),
+            ("names", names, bool),
+        ):
+            if type(value) is not kind:
+                raise ContractError(f"Household: {name}={value!r} must be {kind.__name__}")
         if history < 0 or size < drawing.SIZE:
             raise ContractError(
                 f"Household: history={history} must be at least 0, and size={size} at least "
@@ -153,9 +162,16 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start a game. `options={"game": Game}` sets it."""
+        """Start a game. `options={"game": Game}` sets it.
+
+        Raises:
+            ContractError: it is no `Game`, or cannot be played.
+        """
         super().reset(seed=seed)
-        self._feedback = self._backend.begin(self.np_random, (options or {}).get("game"))
+        game = (options or {}).get("game")
+        if game is not None and not isinstance(game, Game):
+            raise ContractError(f"Household: options['game']={game!r:.80} must be a Game")
+        self._feedback = self._backend.begin(self.np_random, game)
         self._past: list[str] = []
         self._met = self._backend.fraction
         return self._observation(), self._info()

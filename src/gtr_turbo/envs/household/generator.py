@@ -30,6 +30,9 @@ MOST_OF_A_KIND, MOST_WANTED, MOST_INSIDE = 3, 4, 12
 """Objects of one kind, of the kind wanted (as in ALFRED), and in one receptacle."""
 
 
+SPLITS = ("all", "train", "held-out")
+
+
 @functools.cache
 def scenes(split: str, task: str) -> tuple[int, ...]:
     """Scenes of a split in which a task type is given.
@@ -37,7 +40,12 @@ def scenes(split: str, task: str) -> tuple[int, ...]:
     Args:
         split: `train`, `held-out` (unseen rooms) or `all`.
         task: one of `TASKS`.
+
+    Raises:
+        ValueError: another split or task.
     """
+    if split not in SPLITS or task not in TASKS:
+        raise ValueError(f"split={split!r}, task={task!r}: not of {SPLITS}, {TASKS}")
     known = facts.load()
     return tuple(
         n
@@ -77,6 +85,9 @@ def generate(rng: np.random.Generator, *, task: str | None = None, split: str = 
         rng: the only source of chance.
         task: one of `TASKS`; one of them by chance if None.
         split: `train`, `held-out` or `all`.
+
+    Raises:
+        ValueError: another split or task.
     """
     kind = task or TASKS[rng.integers(len(TASKS))]
     rooms = scenes(split, kind)

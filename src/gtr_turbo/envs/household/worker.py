@@ -61,16 +61,22 @@ class Limits:
         """Limits from names and numbers.
 
         Raises:
-            ContractError: a name is unknown, or a number is not positive.
+            ContractError: a name is unknown, or a number is not positive and below a billion.
         """
+        if not isinstance(given, Mapping):
+            raise ContractError(
+                f"Household: limits={given!r} must be a mapping of names to numbers"
+            )
         known = [field.name for field in fields(Limits)]
         for name, value in given.items():
             if name not in known or isinstance(value, bool) or not isinstance(value, int | float):
                 raise ContractError(
                     f"Household: limits={dict(given)!r} must give numbers for any of {', '.join(known)}"
                 )
-            if not value > 0:
-                raise ContractError(f"Household: limits.{name}={value} must be above 0")
+            if not 0 < value < 1e9:
+                raise ContractError(
+                    f"Household: limits.{name}={value} must be above 0 and below 1e9"
+                )
         return Limits(**given)  # type: ignore[arg-type]
 
 
