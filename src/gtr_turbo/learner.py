@@ -255,8 +255,7 @@ def _imitate(
         )
     else:
         return {}, None
-    done = iteration / max(1, config.num_updates - 1)
-    weight = own.weight + (own.weight_final - own.weight) * done
+    weight = own.weight_at(iteration, config.num_updates)
     if not memory.targets or not weight:
         return told, None
 

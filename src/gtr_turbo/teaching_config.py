@@ -21,7 +21,7 @@ class ImitationConfig:
     weight: float = 1.0
     """Of the cross-entropy per token in the loss."""
     weight_final: float = 1.0
-    """Its value at the end of the run; it changes linearly."""
+    """Its value in the last update; it changes linearly."""
     samples: int = 64
     """Collected turns that join each optimizer step."""
     limit: int = 0
@@ -38,6 +38,10 @@ class ImitationConfig:
     def __post_init__(self) -> None:
         positive(self, "samples", "temperature", "temperature_ramp", "temperature_max")
         not_negative(self, "weight", "weight_final", "limit", "retries")
+
+    def weight_at(self, update: int, updates: int) -> float:
+        """The weight in an update, counted from 0, of a run of so many; that of a single one is `weight`."""
+        return self.weight + (self.weight_final - self.weight) * update / max(1, updates - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

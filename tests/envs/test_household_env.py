@@ -6,6 +6,7 @@ from kitchen import kitchen
 from gtr_turbo.envs import ContractError, make_env
 from gtr_turbo.envs.household import files
 from gtr_turbo.envs.household.generator import generate, scenes
+from gtr_turbo.envs.household.worker import WorkerError
 from gtr_turbo.envs.household.world import CLEAN, HEAT, LIGHT, TASKS, Task
 
 WIN = (
@@ -152,6 +153,20 @@ def test_the_history_can_be_shortened_and_switched_off():
         env.step("help")
         observation, *_ = env.step("look")
         assert f"you have taken: {shown}. " in observation["prompt"]
+
+
+def test_a_command_that_a_worker_could_not_play_is_not_in_the_history(monkeypatch):
+    env, _, _ = household()
+    before, *_ = env.step("help")
+
+    def fail(command):
+        raise WorkerError("crash: gone")
+
+    monkeypatch.setattr(env.unwrapped._backend, "step", fail)
+    with pytest.warns(UserWarning, match="crash: gone"):
+        after, _, _, truncated, _ = env.step("look")
+    assert truncated
+    assert after["prompt"] == before["prompt"]
 
 
 @pytest.mark.parametrize("length", [3, 20, 50])

@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import logging
+import sys
 import time
 from dataclasses import replace
 from fractions import Fraction
@@ -489,12 +490,11 @@ def test_an_update_without_an_answer_of_use_is_told(turns, tmp_path):
     assert "gave no answer of use in update 7 (not_json 2): it is not guided" in notes[-1]
 
 
-@pytest.mark.parametrize("depth", range(850, 1000, 3))
-def test_json_of_any_depth_is_judged(depth):
+def test_json_of_any_depth_is_judged():
     deep = {}
-    for _ in range(depth):
+    for _ in range(sys.getrecursionlimit()):
         deep = {"a": deep}
-    assert problem(deep, {"type": "string"})
+        assert problem(deep, {"type": "string"})
 
 
 def test_a_budget_that_cannot_be_kept_is_refused(turns, tmp_path):

@@ -38,6 +38,12 @@ def turns(policy, monkeypatch):
     return collect(envs, policy, SamplingConfig(), rollout, torch.Generator().manual_seed(0))
 
 
+def test_the_weight_changes_from_the_first_update_to_the_last():
+    config = ImitationConfig(weight=1.0, weight_final=0.2)
+    assert [config.weight_at(n, 5) for n in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert config.weight_at(0, 1) == 1.0
+
+
 # -- splicing --------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from gtr_turbo import __version__
 from gtr_turbo.compare import measures
 from gtr_turbo.compare.plan import Factor, Job, Variant, text_of
-from gtr_turbo.compare.runner import last_line
+from gtr_turbo.compare.runner import LONGEST_WHY, last_line
 from gtr_turbo.compare.statistics import Array, Difference, Estimate, difference, estimate
 from gtr_turbo.report.read import ReportError, Run, read_run
 
@@ -146,12 +146,12 @@ def _read(job: Job, out: Path, failure: str | None, notes: list[str]) -> RunResu
 
 
 def without_paths(text: str, out: Path) -> str:
-    """The comparison's folder is OUT, the working folder `.`, the home folder `~`; then 300 characters are kept."""
+    """`text` with OUT, `.` and `~` for the comparison's, the working and the home folder, cut to LONGEST_WHY."""
     for folder, name in ((out, "OUT"), (Path.cwd(), "."), (Path(os.path.expanduser("~")), "~")):
         for path in (os.path.abspath(folder), os.path.realpath(folder)):
             if path != "/":
                 text = re.sub(rf"(?<![\w.~-]){re.escape(path)}(?![\w-])", name, text)
-    return text[:300]
+    return text[:LONGEST_WHY]
 
 
 class _Table:

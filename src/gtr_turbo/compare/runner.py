@@ -23,6 +23,9 @@ from gtr_turbo.settings import dump_config
 GRACE = 60.0
 """Seconds that a run has to end after SIGTERM before it is killed."""
 
+LONGEST_WHY = 300
+"""Characters that are shown and kept of why a run failed."""
+
 POLL = 0.1
 """Seconds between looks at the processes."""
 
@@ -88,7 +91,7 @@ class Runner:
                     continue
                 done += 1
                 failure = self.failures.get(job.folder)
-                how = f"failed: {failure[:300]}" if failure else "finished"
+                how = f"failed: {failure[:LONGEST_WHY]}" if failure else "finished"
                 self.say(f"[{done}/{total}] {job.name}: {how}")
         except BaseException:
             self._stop()

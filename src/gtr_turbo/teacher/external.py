@@ -161,13 +161,13 @@ class Corrector:
                 self._halt.set()  # open conversations end, and are written down, before we leave
                 raise
         answers = [self.ledger.answers.get(key) for key in keys]
-        if keys and not any(answers):
+        if not any(answers):
             self._check_rejections()
             why = ", ".join(f"{kind} {n}" for kind in FAULTS if (n := self._counts[kind]))
-            self._note(
-                f"{self._config.base_url} gave no answer of use in update {update} ({why or 'none was asked'}): "
-                "it is not guided"
-            )
+            if why:
+                self._note(
+                    f"{self._config.base_url} gave no answer of use in update {update} ({why}): it is not guided"
+                )
         return answers
 
     def _check_rejections(self) -> None:

@@ -226,8 +226,8 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         self._backend.close()
 
     def _observation(self) -> dict[str, Any]:
-        commands, past = self._backend.commands, self._past[-self._history :]
-        past = past if self._history else []  # -0 is the beginning, not the end
+        commands = self._backend.commands
+        past = self._past[-self._history :] if self._history else []
         told = self._feedback if self._describe else ""
         sentence = self._backend.sentence
         if self._compact:
