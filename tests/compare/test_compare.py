@@ -270,6 +270,19 @@ def test_the_table_fits_80_columns_and_marks_the_best(capsys, made, monkeypatch)
     assert all(len(line) <= 80 for line in table.splitlines())
 
 
+def test_a_narrow_terminal_gets_more_tables_and_every_number(capsys, made, monkeypatch):
+    found = {}
+    for columns in ("300", "80", "50"):
+        monkeypatch.setenv("COLUMNS", columns)
+        summarise(made)
+        text = capsys.readouterr().out
+        table = text[: text.index("Mean over seeds")]
+        assert max(map(len, table.splitlines())) <= int(columns)
+        found[columns] = sorted(re.findall(r"[+-]?[\d.,]+ to [+-]?[\d.,]+", table))
+    assert len(found["300"]) > 10
+    assert found["300"] == found["80"] == found["50"]
+
+
 def test_held_out_curves_are_used_where_they_were_logged(capsys, made):
     for number, path in enumerate(sorted(made.glob("*/seed*/metrics.jsonl"))):
         rows = lines(path)

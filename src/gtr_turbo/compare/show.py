@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -83,22 +84,36 @@ def _table(
 ) -> None:
     results = comparison.variants if results is None else results
     names = [name for name in names if any(name in result.estimates for result in results)]
-    if not names:
-        return
-    table = _new(title, results)
-    best = {name: name_of_best(results, name, comparison.measures[name]) for name in names}
+    columns = []
     for name in names:
-        table.add_column(comparison.measures[name].title.removesuffix(OVER_RUN), justify="right")
-    for result in results:
-        cells = [_cell(result, name, comparison.measures[name], best[name]) for name in names]
-        table.add_row(Text(f"{result.label}\n{_seeds(result)}"), *cells)
-    console.print(table)
+        measure = comparison.measures[name]
+        best = name_of_best(results, name, measure)
+        cells = [_cell(result, name, measure, best) for result in results]
+        head = measure.title.removesuffix(OVER_RUN)
+        lines = [*head.split(), *(line for cell in cells for line in cell.plain.split("\n"))]
+        width = max(map(len, lines))
+        columns.append(("\n".join(textwrap.wrap(head, width)), width, cells))
+    while columns:  # numbers are never cut: what does not fit makes another table
+        table, left = _new(title, results), console.width - _label_width(results) - 2
+        shown: list[list[Text]] = []
+        while columns and (not shown or columns[0][1] + 3 <= left):
+            head, width, cells = columns.pop(0)
+            left -= width + 3  # a space at each side, and one between
+            shown.append(cells)
+            table.add_column(head, justify="right", no_wrap=True)
+        for i, result in enumerate(results):
+            label = Text(f"{result.label}\n{_seeds(result)}")
+            table.add_row(label, *(cells[i] for cells in shown))
+        console.print(table)
+
+
+def _label_width(results: Sequence[VariantResult]) -> int:
+    return min(24, max(len(line) for r in results for line in (r.label, _seeds(r), "variant")))
 
 
 def _new(title: str, results: Sequence[VariantResult]) -> Table:
     table = Table(title=Text(title, "bold"), box=SIMPLE_HEAD, show_lines=True, show_edge=False)
-    longest = max(len(result.label) for result in results)
-    table.add_column("variant", overflow="fold", min_width=min(longest, 24))
+    table.add_column("variant", overflow="fold", min_width=_label_width(results))
     return table
 
 

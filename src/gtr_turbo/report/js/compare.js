@@ -80,7 +80,9 @@ function comparisonScale(panel) {
   let low = Math.min(...values), high = Math.max(...values);
   const least = panel.unit === "fraction" ? 0.1 : 0.1 * Math.max(Math.abs(low), Math.abs(high)) || 1;
   if (high - low < least) [low, high] = [(low + high - least) / 2, (low + high + least) / 2];
-  const marks = ticks(low, high, panel.unit === "fraction" ? 5 : 3);
+  const over = high - 1;
+  if (panel.unit === "fraction" && over > 0 && Math.max(...values) <= 1) [low, high] = [low - over, 1]; // no success above 100 %
+  const marks = ticks(low, high, panel.unit === "fraction" ? 4 : 3);
   return { marks, x: (value) => PLOT.side + ((value - low) / (high - low)) * (PLOT.width - 2 * PLOT.side) };
 }
 
