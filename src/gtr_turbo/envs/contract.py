@@ -69,6 +69,16 @@ class Tool:
     """Arguments that keep the schema -> what the model is told, as JSON. A `ValueError` is told as an error."""
 
 
+def json_object(**properties: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON schema of an object that has all of `properties` and nothing else, as strict tools need it."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
 class AnyText(spaces.Text):
     """A `Text` space that contains every string of at most `MAX_TEXT` characters."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from gtr_turbo.envs.contract import Tool
+from gtr_turbo.envs.contract import Tool, json_object
 from gtr_turbo.turns.turn import Turn
 
 CORRECTOR = """\
@@ -95,18 +95,9 @@ def answer_schema(fields: Sequence[str], schemas: Mapping[str, Any]) -> dict[str
         schemas: of those that are no strings.
     """
     thought = {name: schemas.get(name, {"type": "string"}) for name in fields if name != "action"}
-    return _object(
-        evaluation={"type": "string"}, correct={"type": "boolean"}, thought=_object(**thought)
+    return json_object(
+        evaluation={"type": "string"}, correct={"type": "boolean"}, thought=json_object(**thought)
     )
-
-
-def _object(**properties: Any) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
 
 
 def thought_of(turn: Turn, fields: Sequence[str]) -> dict[str, Any]:

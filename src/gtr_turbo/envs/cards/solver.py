@@ -17,7 +17,7 @@ from gtr_turbo.envs.cards.plans import (
     show,
     trace,
 )
-from gtr_turbo.envs.contract import Tool
+from gtr_turbo.envs.contract import Tool, json_object
 
 MAX_TEXT = 200  # characters of a formula
 
@@ -110,18 +110,13 @@ def solver(count: int, goal: int, operators: str, granularity: str) -> Tool:
         name="solve",
         description=f"Finds, exactly, how the cards give {goal} from the current formula, or that they "
         "cannot. J, Q and K count as 10.",
-        parameters={
-            "type": "object",
-            "properties": {
-                "cards": {
-                    "type": "array",
-                    "items": {"type": "string", "enum": list(drawing.RANKS)},
-                    "description": f"the ranks of the {count} cards, from left to right",
-                },
-                "formula": {"type": "string", "description": so_far[granularity]},
+        parameters=json_object(
+            cards={
+                "type": "array",
+                "items": {"type": "string", "enum": list(drawing.RANKS)},
+                "description": f"the ranks of the {count} cards, from left to right",
             },
-            "required": ["cards", "formula"],
-            "additionalProperties": False,
-        },
+            formula={"type": "string", "description": so_far[granularity]},
+        ),
         run=run,
     )

@@ -12,18 +12,16 @@ import gymnasium
 import numpy as np
 
 from gtr_turbo import prompts
-from gtr_turbo.envs.contract import AnyText, ContractError, observation_space
-from gtr_turbo.envs.household import drawing, files
+from gtr_turbo.envs.contract import AnyText, ContractError, Tool, observation_space
+from gtr_turbo.envs.household import advisor, drawing, files
 from gtr_turbo.envs.household.engine import NOTHING, Engine
 from gtr_turbo.envs.household.generator import SPLITS
 from gtr_turbo.envs.household.native import Backend, Native
 from gtr_turbo.envs.household.textworld import TextWorld
 from gtr_turbo.envs.household.thor import Thor, find_tasks
 from gtr_turbo.envs.household.worker import Limits, WorkerError
-from gtr_turbo.envs.household.world import CLEAN, COOL, HEAT, LIGHT, PLACE, TWO, Game
+from gtr_turbo.envs.household.world import TYPES, Game
 
-TYPES = {"place": PLACE, "two": TWO, "light": LIGHT, "clean": CLEAN, "heat": HEAT, "cool": COOL}
-"""What the option `task` calls ALFRED's task types."""
 BACKENDS = ("native", "textworld", "thor")
 ILLEGAL = ("nothing", "random")
 EXPERTS = ("oracle", "search")
@@ -85,6 +83,7 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 - Gymnasium's name and form
     fields = ("thoughts", "action")
+    tools: tuple[Tool, ...] = (advisor.TOOL,)
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from gtr_turbo.envs.household.engine import APPLIANCES, TREATMENTS, Engine, Move, listed
@@ -40,8 +41,9 @@ class Oracle:
         self._searched: set[int] = set()
         self._searches = False
 
-    def notice(self) -> None:
-        """Remember what is in view now; a search relies on being told after every command."""
+    def notice(self, others: Iterable[int] = ()) -> None:
+        """Remember what is in view now, and in `others`; a search relies on being told after every command."""
+        self._searched.update(others)
         self._searched.update(i for i in self._engine.here if not self._engine.closed(i))
 
     def advise(self, *, search: bool = False) -> Advice:

@@ -23,6 +23,8 @@ PLACE, TWO, LIGHT, CLEAN, HEAT, COOL = (
 )
 TASKS = (PLACE, TWO, LIGHT, CLEAN, HEAT, COOL)
 """ALFRED's names of the six task types."""
+TYPES = {"place": PLACE, "two": TWO, "light": LIGHT, "clean": CLEAN, "heat": HEAT, "cool": COOL}
+"""What we call them."""
 STATES = ("clean", "hot", "cool", "on", "sliced")
 """States of objects; each is a set of `State`."""
 
