@@ -194,6 +194,8 @@ class Learner:
         }
         keep = self._config.save.keep
         checkpoint.save(run, self.policy, self._optimizer, self._history, state, keep=keep)
+        if self._ranks.first:
+            self._memory.prune(int(checkpoint.folders(run)[0].name))
 
 
 def _corrector(

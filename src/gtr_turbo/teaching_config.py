@@ -25,7 +25,7 @@ class ImitationConfig:
     samples: int = 64
     """Collected turns that join each optimizer step."""
     limit: int = 0
-    """Newest turns that are kept; 0 keeps all, as published."""
+    """Newest turns that are kept, in memory and on disk; 0 keeps all, as published."""
     temperature: float = 0.2
     """At which the teacher writes."""
     temperature_ramp: float = 1.1

@@ -114,6 +114,12 @@ def test_leaves_of_one_name_keep_their_groups():
         (["--target", "50"], ["--target 50.0 must be a success between 0 and 1"]),
         (["--episodes", "-1"], ["--episodes -1"]),
         (["surplus"], ["cannot read 'surplus'"]),
+        (["--vary", "env.options.promptt=full"], ["variant promptt=full: ", "promptt"]),
+        (["--env.eval_split", "held-in"], ["variant base: ", "held-in"]),
+        (
+            ["--vary", "guidance=kl,external", "--guidance.external.key_variable", "NO_SUCH_KEY"],
+            ["variant guidance=external: ", "NO_SUCH_KEY is not set"],
+        ),
     ],
 )
 def test_wrong_arguments_are_explained_before_anything_starts(capsys, tmp_path, arguments, parts):

@@ -143,6 +143,16 @@ def test_numbers_that_json_does_not_know_become_null(tmp_path):
     assert (stored["reward"], stored["value"], stored["kl"]) == (None, None, [None, 0.1, None])
 
 
+def test_numbers_whose_sums_overflow_are_left_out(tmp_path):
+    folder = make_run(tmp_path / "run", updates=2)
+    lines = [turn(0, 0, step, reward=1.7e308) for step in (0, 1)]
+    write_lines(folder / "trajectories" / "000001.jsonl", lines)
+    huge = [row(update) | {"rollout/return": 1.7e308} for update in (1, 2)]
+    write_lines(folder / "metrics.jsonl", huge)
+    write_report([folder], tmp_path / "r.html")
+    assert [t["reward"] for t in data_of(tmp_path / "r.html")["episodes"][0]["turns"]] == [None] * 2
+
+
 # curves
 
 

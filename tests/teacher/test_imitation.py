@@ -1,6 +1,7 @@
 """SFT guidance: what is trained, what is kept, and that learning from it works."""
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import replace
 
@@ -210,6 +211,29 @@ def test_the_limit_keeps_the_newest(policy, turns, tmp_path):
     again = Memory(tmp_path, 3)
     again.restore(2)
     assert [t.prompt for t in again.targets] == [t.prompt for t in memory.targets]
+
+
+def test_the_limit_bounds_the_disk_and_what_resume_reads(policy, turns, tmp_path):
+    memory = Memory(tmp_path, 3)
+    for update, turn in enumerate(turns, 1):
+        asked = [replace(turn, prompt=f"{turn.prompt} {i}") for i in range(2)]
+        memory.add(update, asked, [splice(policy.processor, TEACHER, turn.text, FIELDS)] * 2)
+    (tmp_path / "000001.jsonl").write_text("damaged, but of no use any more")
+    again = Memory(tmp_path, 3)
+    again.restore(4)
+    assert [t.prompt for t in again.targets] == [t.prompt for t in memory.targets]
+    memory.prune(3)
+    assert sorted(file.name for file in tmp_path.glob("*.jsonl")) == [
+        f"00000{update}.jsonl" for update in (2, 3, 4)
+    ], "a run that goes back to update 3 needs its two targets and one of update 2"
+    back = Memory(tmp_path, 3)
+    back.restore(3)
+    assert [t.prompt[-2:] for t in back.targets] == [" 1", " 0", " 1"]
+    Memory(tmp_path, 2).prune(3)
+    left = {hashlib.sha256(turns[2].observed.frame.tobytes()).hexdigest()[:16]}
+    assert {path.stem for path in (tmp_path / "frames").iterdir()} == left
+    Memory(tmp_path, 0).prune(3)
+    assert (tmp_path / "000003.jsonl").exists(), "no limit, nothing is dropped"
 
 
 def test_a_damaged_file_is_named(policy, turns, tmp_path):

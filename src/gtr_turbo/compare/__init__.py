@@ -18,6 +18,7 @@ from gtr_turbo.compare.plan import (
     Factor,
     Job,
     Variant,
+    check_startable,
     idle,
     make_jobs,
     make_variants,
@@ -102,8 +103,9 @@ def carry_out(plan: Plan, say: Callable[[str], None]) -> dict[Path, str]:
     """Run what is not finished; returns why runs failed, by folder.
 
     Raises:
-        ConfigError: another process does so too, or a run folder holds something else.
+        ConfigError: another process does so too, a run folder holds something else, or a run cannot start.
     """
+    check_startable(plan.runs())
     with _own(plan.out):
         jobs = plan.runs()
         attempts = Attempts(plan.out / "attempts.jsonl")

@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from gtr_turbo import trackers
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import TrainConfig
+from gtr_turbo.envs import ContractError, make_env
 from gtr_turbo.settings import (
     SWITCHES,
     build_config,
@@ -250,6 +252,26 @@ def make_jobs(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> l
             state, update = examine(folder, replace(variant.config, seed=seed))
             jobs.append(Job(variant=variant, seed=seed, folder=folder, state=state, update=update))
     return jobs
+
+
+def check_startable(jobs: Sequence[Job]) -> None:
+    """Find what would only stop a run that has begun: an environment's options, a key, a tracker.
+
+    Raises:
+        ConfigError: a run that is not finished cannot start; its variant is named.
+    """
+    for variant in {
+        job.variant.label: job.variant for job in jobs if job.state != "finished"
+    }.values():
+        config, env = variant.config, variant.config.env
+        try:
+            for split in {env.train_split, env.eval_split, *config.eval.extra_splits}:
+                make_env(env.id, **env.options, **({"split": split} if split else {})).close()
+            if config.guidance.kind == "external":
+                config.guidance.external.key()
+            trackers.chosen(config)
+        except (ConfigError, ContractError) as error:
+            raise ConfigError(f"variant {variant.label}: {error}") from error
 
 
 def examine(folder: Path, config: TrainConfig) -> tuple[State, int]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+LARGEST = 1e100
+"""A number of this size is taken for none: sums and squares of such could not be shown."""
 
 
 class ReportError(ValueError):
@@ -78,14 +80,14 @@ class Run:
 
 
 def finite(value: Any) -> float | None:
-    """`value` if it is a finite number, else None."""
+    """`value` if it is a number of which sums and squares are finite too, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
         number = float(value)
     except OverflowError:
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < LARGEST else None
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

@@ -54,7 +54,14 @@ class Memory:
     """
 
     def __init__(self, folder: Path, limit: int, ranks: Ranks = ALONE, envs: int = 1) -> None:
-        """Begin with nothing; `envs` environments are of each rank."""
+        """Begin with nothing.
+
+        Args:
+            folder: for the files.
+            limit: newest targets that are kept; 0 keeps all.
+            ranks: who share the collection.
+            envs: of each rank.
+        """
         self._folder, self._limit = folder, limit
         self.ranks, self._envs = ranks, envs
         self.targets: list[Target] = []
@@ -153,27 +160,53 @@ class Memory:
         self._features = {name: kept for name, kept in self._features.items() if name in shown}
 
     def restore(self, update: int) -> None:
-        """Take up the files of the updates up to `update`; later ones are removed.
+        """Take up the newest files of the updates up to `update`; later ones are removed.
 
         Raises:
             OSError: a file is missing.
             ValueError: a file is damaged.
         """
-        for file in sorted(self._folder.glob("[0-9]*.jsonl")):
+        read: list[list[Target]] = []
+        for file in sorted(self._folder.glob("[0-9]*.jsonl"), reverse=True):
             if int(file.stem) > update:
                 if self.ranks.first:
                     file.unlink()
-                continue
-            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-                try:
-                    target = self._target(json.loads(line))
-                    if self.own([target]) and target.frame not in self._frames:
-                        path = self._folder / "frames" / f"{target.frame}.png"
-                        self._frames[target.frame] = path.read_bytes()
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{file}, line {number}, is damaged: {error}") from error
-                self.targets.append(target)
+            elif not self._limit or sum(map(len, read)) < self._limit:
+                read.append(self._read(file))
+        self.targets += [target for targets in reversed(read) for target in targets]
         self._forget()
+
+    def _read(self, file: Path) -> list[Target]:
+        targets = []
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                target = self._target(json.loads(line))
+                if self.own([target]) and target.frame not in self._frames:
+                    path = self._folder / "frames" / f"{target.frame}.png"
+                    self._frames[target.frame] = path.read_bytes()
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file}, line {number}, is damaged: {error}") from error
+            targets.append(target)
+        return targets
+
+    def prune(self, update: int) -> None:
+        """Remove files and frames that no run resumed from `update` or later needs, on the first rank."""
+        if not self._limit or not self.ranks.first:
+            return
+        rows, old = 0, []
+        for file in sorted(self._folder.glob("[0-9]*.jsonl"), reverse=True):
+            if rows >= self._limit:
+                old.append(file)
+            elif int(file.stem) <= update:
+                rows += len(file.read_text(encoding="utf-8").splitlines())
+        for file in old:
+            file.unlink()
+        if old:
+            lines = (f.read_text(encoding="utf-8") for f in self._folder.glob("[0-9]*.jsonl"))
+            shown = {json.loads(line)["frame"] for text in lines for line in text.splitlines()}
+            for path in (self._folder / "frames").glob("*.png"):
+                if path.stem not in shown:
+                    path.unlink()
 
     def own(self, targets: Sequence[Target]) -> list[Target]:
         """Those that this rank trains."""
