@@ -1,3 +1,5 @@
+import warnings
+
 import gymnasium
 import numpy as np
 import pytest
@@ -221,6 +223,38 @@ def test_given_game_files_are_played(tmp_path):
     assert {env.reset(seed=seed)[1]["task"] for seed in range(9)} == {LIGHT}
 
 
+def test_a_file_that_cannot_be_played_is_told_and_the_next_is_played(tmp_path):
+    rng = np.random.default_rng(0)
+    kept = [files.export(generate(rng, task=LIGHT), tmp_path, f"g{i}", []) for i in range(3)]
+    kept[1].write_text(kept[1].read_text()[:-9])
+    env = make_env("Household", games=str(tmp_path))
+    bad = 0
+    for seed in range(20):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert env.reset(seed=seed)[1]["task"] == LIGHT
+        assert [str(kept[1]) in str(each.message) for each in told] in ([], [True])
+        bad += len(told)
+    assert 0 < bad < 20
+    for path in (kept[0], kept[2]):
+        path.write_text(path.read_text()[:-9])
+    with pytest.raises(ContractError, match="cannot play"), pytest.warns(match="is played"):
+        env.reset(seed=0)
+
+
+def test_a_run_may_learn_from_some_files_and_be_evaluated_on_others(tmp_path):
+    rng = np.random.default_rng(0)
+    games = {}
+    for split, task in (("train", CLEAN), ("valid_unseen", LIGHT)):
+        files.export(generate(rng, task=task), tmp_path / split, "g", [])
+        games[split] = str(tmp_path / split)
+    for split, task in (("train", CLEAN), ("valid_unseen", LIGHT)):
+        env = make_env("Household", games=games, split=split)
+        assert env.reset(seed=0)[1]["task"] == task
+    with pytest.raises(ContractError, match="split='all' is not one of train, valid_unseen"):
+        make_env("Household", games=games)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -237,6 +271,8 @@ def test_given_game_files_are_played(tmp_path):
         ),
         ({"backend": "textworld", "limits": 5}, "limits=5 must be a mapping"),
         ({"expert": "human"}, "expert='human' is not one of oracle, search"),
+        ({"games": {"all": 5}}, "games=5 must be a path"),
+        ({"games": ["a"]}, r"games=\['a'\] must be a path"),
         ({"games": "/nowhere"}, r"no solvable game.tw-pddl at /nowhere"),
     ],
 )
@@ -258,7 +294,7 @@ def test_rooms_of_an_unknown_split_or_task_are_refused():
         generate(np.random.default_rng(0), task="cook")
 
 
-def test_a_split_of_given_games_is_refused(tmp_path):
+def test_a_split_of_given_games_without_splits_is_refused(tmp_path):
     path = files.export(generate(np.random.default_rng(0)), tmp_path, "g", [])
     with pytest.raises(ContractError, match="split='train' chooses rooms of generated games"):
         make_env("Household", games=str(path), split="train")

@@ -65,13 +65,14 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
     Args:
         prompt: `full` (published) or `compact`.
         task: `any`, or `place`, `two`, `light`, `clean`, `heat`, `cool`.
-        split: `all`, `train` or `held-out`; of generated games only.
+        split: `all`, `train` or `held-out`; if `games` has splits, one of those.
         history: how many past actions the prompt shows, at most.
         describe: add the text engine's feedback to the prompt.
         illegal: an inadmissible action plays `nothing`, or a `random` command (published).
         early_truncation: end an episode that repeats itself, or is long.
         games: a `game.tw-pddl` of ALFWorld or a folder of them, to play instead of generated games; for `thor`
-            a `traj_data.json` or a folder of them.
+            a `traj_data.json` or a folder of them. Or such a path for each split, under names of your own:
+            `{"train": "json_2.1.1/train", "valid_unseen": "json_2.1.1/valid_unseen"}`.
         backend: `native`: our engine. `textworld`: ALFWorld's text engine. `thor`: AI2-THOR through ALFWorld.
         limits: of the worker of the last two, see `worker.Limits`; `{"step": 30}`.
         names: write the names of objects beside their symbols.
@@ -95,7 +96,7 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         describe: bool = False,
         illegal: str = "nothing",
         early_truncation: bool = True,
-        games: str | None = None,
+        games: str | Mapping[str, str] | None = None,
         backend: str = "native",
         limits: Mapping[str, float] | None = None,
         names: bool = True,
@@ -120,14 +121,21 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         self.render_mode = render_mode
         self._compact = prompts.check_style(prompt) == "compact"
         self._type = TYPES.get(_one_of("task", task, ("any", *TYPES)))
-        self._split = _one_of("split", split, SPLITS)
         self._history, self._describe = history, describe
         self._illegal = _one_of("illegal", illegal, ILLEGAL)
         self._early_truncation = early_truncation
-        if games is not None and split != "all":
+        if isinstance(games, Mapping):
+            games = games[_one_of("split", split, tuple(games))]
+        elif games is not None and split != "all":
             raise ContractError(
-                f"Household: split={split!r} chooses rooms of generated games; give it or games={games!r}"
+                f"Household: split={split!r} chooses rooms of generated games; give it or games={games!r}, or "
+                "games={SPLIT: PATH, ...}"
             )
+        if games is not None and not isinstance(games, str):
+            raise ContractError(
+                f"Household: games={games!r:.80} must be a path, or a path for each split"
+            )
+        self._split = split if games is not None else _one_of("split", split, SPLITS)
         self._names, self._size = names, size
         self._searches = _one_of("expert", expert, EXPERTS) == "search"
         self.observation_space = observation_space(size, size)

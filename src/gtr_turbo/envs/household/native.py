@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -87,15 +88,34 @@ class Native:
         self._type, self._split, self._given = task, split, given
 
     def begin(self, rng: np.random.Generator, game: Game | None = None) -> str:
-        """Start a game: the one given, one of the files, or a new one."""
-        path = None
-        if game is None and self._given:
-            path = self._given[int(rng.integers(len(self._given)))]
-            game = files.load(path)
-            kinds = {home.kind for home in game.receptacles} | {o.kind for o in game.objects}
-            if strange := sorted(kinds - set(sprites.cells())):
-                raise GameError(f"cannot play {path}: there is no picture of its {strange[:5]}")
-        return self._start(game or generate(rng, task=self._type, split=self._split), path)
+        """Start a game: the one given, one of the files, or a new one.
+
+        A file that cannot be played is told, and the next one is taken.
+
+        Raises:
+            GameError: no file can be played.
+        """
+        if game is not None or not self._given:
+            return self._start(game or generate(rng, task=self._type, split=self._split), None)
+        first = int(rng.integers(len(self._given)))
+        for path in (*self._given[first:], *self._given[:first]):
+            try:
+                game = self._load(path)
+            except GameError as error:
+                if len(self._given) == 1:
+                    raise
+                problem = error
+                warnings.warn(f"Household: {error}; the next game is played", stacklevel=4)
+            else:
+                return self._start(game, path)
+        raise problem
+
+    def _load(self, path: Path) -> Game:
+        game = files.load(path)
+        kinds = {home.kind for home in game.receptacles} | {o.kind for o in game.objects}
+        if strange := sorted(kinds - set(sprites.cells())):
+            raise GameError(f"cannot play {path}: there is no picture of its {strange[:5]}")
+        return game
 
     def _start(self, game: Game, path: Path | None) -> str:
         """Start a game, read from `path` if that is given."""
