@@ -347,3 +347,23 @@ def test_another_process_draws_the_same_bytes():
 def test_a_frame_too_small_to_read_is_refused():
     with pytest.raises(ValueError, match="299 pixels is not legible; the least is 300"):
         draw(small(), state([0, 1, 2]), 299)
+
+
+# -- crowds ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [True, False])
+def test_the_fullest_game_that_is_played_can_be_drawn_and_a_fuller_one_is_refused(names):
+    def crowd(beside, objects):
+        shelves = [furniture("Shelf", i + 1) for i in range(beside)]
+        return game(shelves, [item("Egg", i + 1) for i in range(objects)])
+
+    full = crowd(12, 100)
+    assert drawing.undrawable(full) == ""
+    for place in (lambda i: 0, lambda i: i % 12, lambda i: i // 50):
+        state = State(at=0, places=[place(i) for i in range(100)])
+        assert draw(full, state, names=names).shape == (300, 300, 3)
+    for beside, objects in ((13, 100), (12, 101)):
+        told = drawing.undrawable(crowd(beside, objects))
+        assert told.endswith(f"not for {beside} and {objects}")
+    assert drawing.undrawable(game([], [item("Bogus")])) == "there is no picture of its ['Bogus']"

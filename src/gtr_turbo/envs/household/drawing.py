@@ -7,6 +7,7 @@ are in units of 1/300 of the frame; no text is smaller than 10. No file, font or
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from gtr_turbo.envs.household.sprites import (
     Colour,
     Label,
     caption,
+    cells,
     sprite,
     tile,
     tint,
@@ -44,6 +46,24 @@ SPACE = 1.1
 """Slots of a plan for each thing in it, at least."""
 AHEAD = {0: (0, 2), 90: (2, 0), 180: (0, -2), 270: (-2, 0)}
 """Rotation -> steps from where the agent stands to the middle of the furniture it faces."""
+
+
+MOST_BESIDE, MOST_OBJECTS = 12, 100
+"""Receptacles used from one place, and objects of a game, that there is room for; ALFRED's have 4 and 65."""
+
+
+def undrawable(game: Game) -> str:
+    """Why frames of a game cannot be drawn; empty if they can."""
+    kinds = {home.kind for home in game.receptacles} | {item.kind for item in game.objects}
+    if strange := sorted(kinds - set(cells())):
+        return f"there is no picture of its {strange[:5]}"
+    beside = max(Counter(r.pose for r in game.receptacles).values(), default=0)
+    if beside > MOST_BESIDE or len(game.objects) > MOST_OBJECTS:
+        return (
+            f"a frame has room for {MOST_BESIDE} receptacles used from one place and {MOST_OBJECTS} objects, "
+            f"not for {beside} and {len(game.objects)}"
+        )
+    return ""
 
 
 class Plan(NamedTuple):

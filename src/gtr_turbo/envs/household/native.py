@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from gtr_turbo.envs.household import drawing, facts, files, sprites
+from gtr_turbo.envs.household import drawing, facts, files
 from gtr_turbo.envs.household.engine import Engine
 from gtr_turbo.envs.household.generator import generate
 from gtr_turbo.envs.household.oracle import Oracle
@@ -112,9 +112,8 @@ class Native:
 
     def _load(self, path: Path) -> Game:
         game = files.load(path)
-        kinds = {home.kind for home in game.receptacles} | {o.kind for o in game.objects}
-        if strange := sorted(kinds - set(sprites.cells())):
-            raise GameError(f"cannot play {path}: there is no picture of its {strange[:5]}")
+        if problem := drawing.undrawable(game):
+            raise GameError(f"cannot play {path}: {problem}")
         return game
 
     def _start(self, game: Game, path: Path | None) -> str:
