@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import combinations
 from typing import Any
 
 from gtr_turbo.envs.contract import Tool, json_object
@@ -13,11 +14,20 @@ from gtr_turbo.envs.household.engine import Engine
 from gtr_turbo.envs.household.oracle import Oracle
 from gtr_turbo.envs.household.world import LIGHT, TYPES, Game, Item, Pose, Receptacle, Task
 
-MOST_NAMES = 100
+MOST_NAMES = 200
 """Entries of a list that are read."""
-STATE_WORDS = {"hot": "hot", "cold": "cool", "clean": "clean", "sliced": "sliced", "lit": "on"}
-"""What an object is called in the frames and in thoughts -> the state of `world.STATES`."""
-_MOVED = re.compile(r"(?:move (.+) to|put (.+) in/on|take (.+) from) (.+)")
+STATE_WORDS = {
+    "hot": "hot", "cold": "cool", "cool": "cool", "clean": "clean",
+    "sliced": "sliced", "cut": "sliced", "lit": "on", "on": "on",
+}  # fmt: skip
+"""What an object is called in frames, thoughts and tasks -> the state of `world.STATES`."""
+TREATED = {"heat": "hot", "cool": "cool", "clean": "clean"}
+"""Verb -> the state of `world.STATES` it leads to."""
+_NAME = re.compile(r"[a-z]+ [0-9]{1,3}")
+_PAST = re.compile(
+    f"(go to|open|close|(?:take|move|put|heat|cool|clean) ({_NAME.pattern}) (?:from|to|in/on|with)) "
+    f"({_NAME.pattern})"
+)
 
 
 class _Notes:
@@ -27,13 +37,15 @@ class _Notes:
         self.here = [_name(place["receptacle"]) for place in arguments["here"]]
         if len(set(self.here)) < len(self.here):
             raise ValueError(f"a receptacle is named twice in {self.here}")
-        others = (_name(name) for name in arguments["receptacles"])
+        actions = arguments["actions"]
+        others = [_name(action[6:]) for action in actions if action.startswith("go to ")]
         self.places = {name: i for i, name in enumerate(dict.fromkeys([*self.here, *others]))}
         self.kinds = [_kind(name.split()[0], _receptacles()) for name in self.places]
         self.objects: dict[str, int | None] = {}
         """Name -> number of its receptacle, None in the hand."""
         self.states: dict[str, frozenset[str]] = {}
-        self.searched: set[int] = set()
+        self.looked: dict[int, None] = {}
+        """Receptacles whose contents were seen, the longest ago first."""
         self._recall(arguments["past_actions"])
         for i, place in enumerate(arguments["here"]):
             if not place["closed"]:
@@ -47,7 +59,8 @@ class _Notes:
         words = text.lower().split()
         count = next((i for i, word in enumerate(words) if word not in STATE_WORDS), len(words))
         name = _name(" ".join(words[count:]))
-        self.states[name] = frozenset(STATE_WORDS[word] for word in words[:count])
+        if count:
+            self.states[name] = frozenset(STATE_WORDS[word] for word in words[:count])
         return name
 
     def _find(self, place: int, contents: Sequence[str]) -> None:
@@ -56,18 +69,60 @@ class _Notes:
         self.objects |= {self._stated(text): place for text in contents}
 
     def _recall(self, past: Sequence[str]) -> None:
-        """What past commands tell of where one has looked, and of what was moved."""
-        at = ""
+        """What past commands tell of where one has looked, and of what was moved and treated.
+
+        Commands that were refused are among them. They are told by what cannot have been: something done at a
+        receptacle that is elsewhere, or with what is not in the hand.
+        """
+        at, held = "", ""
+        opened: set[int] = set()
         for command in past:
-            if command.startswith("go to ") and (name := command[6:]) in self.places:
+            told = _PAST.fullmatch(command.strip())
+            if told is None or (name := told[3]) not in self.places:
+                continue
+            verb, thing, place = told[1].split()[0], told[2], self.places[name]
+            if verb == "go":
                 at = name
-                if self.kinds[self.places[at]] not in facts.load().openable:
-                    self.searched.add(self.places[at])
-            elif command.startswith("open ") and (name := command[5:]) in (at, *self.here):
-                self.searched.add(self.places[name])  # elsewhere it was refused
-            elif (moved := _MOVED.fullmatch(command)) and moved[4] in self.places:
-                name = next(filter(None, moved.groups()))
-                self.objects[name] = None if moved[3] else self.places[moved[4]]
+            elif at and not self._together(at, name):
+                continue
+            elif verb in ("open", "close"):
+                (opened.add if verb == "open" else opened.discard)(place)
+            elif verb == "take":
+                held, self.objects[thing] = thing, None
+            elif thing != held:
+                continue
+            elif verb in TREATED:
+                undone = {"hot", "cool"} if verb in ("heat", "cool") else set()
+                before = self.states.get(thing, frozenset())
+                self.states[thing] = before - undone | {TREATED[verb]}
+            else:
+                held, self.objects[thing] = "", place
+            if place in opened or self.kinds[place] not in facts.load().openable:
+                self.looked.pop(place, None)
+                self.looked[place] = None
+
+    def _together(self, one: str, other: str) -> bool:
+        """Whether two receptacles may be used from one place."""
+        if one in self.here and other in self.here:
+            return True
+        return (
+            one == other or _pair(*(self.kinds[self.places[n]] for n in (one, other))) in _beside()
+        )
+
+
+def _pair(one: str, other: str) -> tuple[str, str]:
+    return min(one, other), max(one, other)
+
+
+@cache
+def _beside() -> frozenset[tuple[str, str]]:
+    """Kinds of receptacles that are used from one place in some room."""
+    found = set()
+    for scene in facts.load().scenes.values():
+        for (one, _, pose), (other, _, there) in combinations(scene.receptacles, 2):
+            if pose == there:
+                found.add(_pair(one, other))
+    return frozenset(found)
 
 
 @cache
@@ -102,7 +157,7 @@ def _name(text: str) -> str:
         ValueError: it is none.
     """
     name = " ".join(text.lower().split())
-    if not re.fullmatch(r"[a-z]+ [0-9]{1,3}", name):
+    if not _NAME.fullmatch(name):
         raise ValueError(f"{text!r} is no name such as 'egg 2'")
     return name
 
@@ -158,7 +213,7 @@ def advise(arguments: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: something is named that cannot be; the message says what.
     """
-    lists = [arguments["receptacles"], arguments["past_actions"], arguments["here"]]
+    lists = [arguments["actions"], arguments["past_actions"], arguments["here"]]
     lists += [place["contents"] for place in arguments["here"]]
     if max(map(len, lists)) > MOST_NAMES:
         raise ValueError(f"a list is longer than {MOST_NAMES}")
@@ -170,14 +225,22 @@ def advise(arguments: Mapping[str, Any]) -> dict[str, Any]:
     engine = Engine(_game(task, notes, arguments["here"]))
     held = [i for i, at in enumerate(notes.objects.values()) if at is None]
     engine.state.held = held[0] if held else None
-    moved = {at for at in notes.objects.values() if at is not None}
-    for searched in (notes.searched, moved):  # where it was seen may have been forgotten
+    looked = list(notes.looked)
+    for first in range(
+        len(looked) + 1
+    ):  # if there is nowhere else, look again, the longest ago first
         oracle = Oracle(engine)
-        oracle.notice(searched)
+        oracle.notice(looked[first:])
         advice = oracle.advise(search=True)
         if advice.command != "look":
-            return {"reachable": True, "plan": advice.why, "next_action": advice.command}
-    return {"reachable": False}
+            break
+    else:
+        return {"reachable": False}
+    older = re.sub(r"^move (.+) to ", r"put \1 in/on ", advice.command)
+    for command in (advice.command, older):
+        if command in arguments["actions"]:
+            return {"reachable": True, "plan": advice.why, "next_action": command}
+    raise ValueError(f"{advice.command!r} would be next, but is none of the actions; read again")
 
 
 def _list(description: str, items: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -208,7 +271,7 @@ TOOL = Tool(
                 closed={"type": "boolean"},
                 contents=_list(
                     "names of the objects in or on it, with what the picture shows of each: hot egg 2; the "
-                    "words are hot, cold, clean, sliced, lit"
+                    "words are hot, cold, clean, sliced, on"
                 ),
             ),
         ),
@@ -216,7 +279,7 @@ TOOL = Tool(
             "type": "string",
             "description": "what the hand holds, in the same words; an empty text if nothing",
         },
-        receptacles=_list("names of all other receptacles: those of the actions go to"),
+        actions=_list("the admissible actions, as the prompt gives them"),
         past_actions=_list("the previous actions, as the prompt gives them, the oldest first"),
     ),
     run=advise,
