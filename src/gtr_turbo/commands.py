@@ -321,6 +321,7 @@ def run_compare(options: argparse.Namespace, rest: Sequence[str]) -> int:
     )
     console = Console()
     if options.dry_run:
+        plan.check()
         show_plan(console, plan)
         return 0
     failures = (

@@ -25,7 +25,8 @@ class ImitationConfig:
     samples: int = 64
     """Collected turns that join each optimizer step."""
     limit: int = 0
-    """Newest turns that are kept, in memory and on disk; 0 keeps all, as published."""
+    """Newest turns that are kept, on disk those that a checkpoint needs too; 0 keeps all, as published. A larger
+    one on resume does not bring back what was dropped."""
     temperature: float = 0.2
     """At which the teacher writes."""
     temperature_ramp: float = 1.1

@@ -132,6 +132,23 @@ def test_wrong_arguments_are_explained_before_anything_starts(capsys, tmp_path, 
     assert not out.exists()
 
 
+def test_a_variant_that_cannot_start_is_told_unless_its_runs_are_finished(
+    capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("gtr_turbo.trackers._installed", lambda name: False)
+    out = tmp_path / "out"
+    command = ["compare", "ezpoints", "--seeds", "1", "--out", str(out)]
+    assert main([*command, "--trackers", "[wandb]", "--dry-run"]) == 2
+    assert "variant base: trackers: wandb is not installed" in capsys.readouterr().err
+    nothing_evaluated = ["--eval.episodes", "0", "--env.eval_split", "held-in"]
+    assert main([*command, *nothing_evaluated, "--dry-run"]) == 0, "no such environment is made"
+    lost = ["--guidance.kind", "external", "--guidance.external.key_variable", "NO_SUCH_KEY"]
+    assert main([*command, *lost, "--dry-run"]) == 2
+    over = {"guidance": {"kind": "external", "external": {"key_variable": "NO_SUCH_KEY"}}}
+    finished(out / "base" / "seed0", over=over)
+    assert main([*command, *lost]) == 0, "there is nothing to start"
+
+
 def test_a_finished_run_of_the_same_settings_is_known(tmp_path, recipe):
     run = finished(tmp_path / "run", seed=3)
     wanted = replace(recipe, seed=3, threads=7)  # these change no number

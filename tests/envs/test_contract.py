@@ -1,3 +1,5 @@
+import sys
+
 import gymnasium
 import numpy as np
 import pytest
@@ -81,6 +83,17 @@ def test_an_unknown_name_is_answered_with_the_closest_one(wrong, meant):
 def test_a_module_that_cannot_be_imported_is_named():
     with pytest.raises(ContractError, match=r"cannot import module 'no_such_module'.*PYTHONPATH"):
         make_env("no_such_module:Env-v0")
+
+
+def test_a_module_of_this_folder_is_found_as_python_m_finds_it(tmp_path, monkeypatch):
+    (tmp_path / "mine_alone.py").write_text(
+        "import gymnasium\n"
+        "gymnasium.register('MineAlone-v0', 'gtr_turbo.envs.cards.points:EZPoints')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    assert resolve_id("mine_alone:MineAlone-v0") == "MineAlone-v0"
+    del gymnasium.registry["MineAlone-v0"]
 
 
 def test_an_unknown_option_is_named():

@@ -358,12 +358,16 @@ def test_the_fullest_game_that_is_played_can_be_drawn_and_a_fuller_one_is_refuse
         shelves = [furniture("Shelf", i + 1) for i in range(beside)]
         return game(shelves, [item("Egg", i + 1) for i in range(objects)])
 
+    def hall(count):
+        return game([furniture("Shelf", i + 1, pose=(i, i, 0, 0)) for i in range(count)], [])
+
+    assert draw(hall(100), State(at=None, places=[]), names=names).shape == (300, 300, 3)
+    assert "101 receptacles" in drawing.undrawable(hall(101))
     full = crowd(12, 100)
     assert drawing.undrawable(full) == ""
     for place in (lambda i: 0, lambda i: i % 12, lambda i: i // 50):
         state = State(at=0, places=[place(i) for i in range(100)])
         assert draw(full, state, names=names).shape == (300, 300, 3)
-    for beside, objects in ((13, 100), (12, 101)):
-        told = drawing.undrawable(crowd(beside, objects))
-        assert told.endswith(f"not for {beside} and {objects}")
+    assert "13 receptacles used from one place" in drawing.undrawable(crowd(13, 100))
+    assert "101 objects" in drawing.undrawable(crowd(12, 101))
     assert drawing.undrawable(game([], [item("Bogus")])) == "there is no picture of its ['Bogus']"

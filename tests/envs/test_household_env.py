@@ -1,4 +1,5 @@
 import warnings
+from dataclasses import replace
 
 import gymnasium
 import numpy as np
@@ -272,6 +273,8 @@ def test_a_run_may_learn_from_some_files_and_be_evaluated_on_others(tmp_path):
         ({"backend": "textworld", "limits": 5}, "limits=5 must be a mapping"),
         ({"expert": "human"}, "expert='human' is not one of oracle, search"),
         ({"games": {"all": 5}}, "games=5 must be a path"),
+        ({"games": {"all": None}}, "games=None must be a path"),
+        ({"games": {}}, "games={} must be a path"),
         ({"games": ["a"]}, r"games=\['a'\] must be a path"),
         ({"games": "/nowhere"}, r"no solvable game.tw-pddl at /nowhere"),
     ],
@@ -285,6 +288,13 @@ def test_a_wrong_option_is_told(options, message):
 def test_a_game_that_is_none_is_told(game):
     with pytest.raises(ContractError, match="must be a Game"):
         make_env("Household").reset(options={"game": game})
+
+
+def test_a_given_game_that_cannot_be_drawn_is_told():
+    full = kitchen()
+    crowd = tuple(replace(full.receptacles[0], name=f"countertop {i}") for i in range(1, 14))
+    with pytest.raises(ContractError, match="13 receptacles used from one place"):
+        make_env("Household").reset(options={"game": replace(full, receptacles=crowd)})
 
 
 def test_rooms_of_an_unknown_split_or_task_are_refused():

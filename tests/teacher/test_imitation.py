@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from gtr_turbo.checkpoint import own_folder
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.collect import Envs, collect
-from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig
+from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig, SaveConfig
 from gtr_turbo.policy.scoring import score
 from gtr_turbo.teacher.collection import Memory
 from gtr_turbo.teacher.imitation import imitation_loss, splice, teach, write_thoughts
@@ -234,6 +235,13 @@ def test_the_limit_bounds_the_disk_and_what_resume_reads(policy, turns, tmp_path
     assert {path.stem for path in (tmp_path / "frames").iterdir()} == left
     Memory(tmp_path, 0).prune(3)
     assert (tmp_path / "000003.jsonl").exists(), "no limit, nothing is dropped"
+    (tmp_path / "000002.jsonl").write_text("of no use\n" * 2)
+    (tmp_path / "000003.jsonl").write_text("damaged\n" * 2)
+    Memory(tmp_path, 2).prune(3)
+    assert {path.stem for path in (tmp_path / "frames").iterdir()} == left, (
+        "not known to be useless"
+    )
+    assert not (tmp_path / "000002.jsonl").exists()
 
 
 def test_a_damaged_file_is_named(policy, turns, tmp_path):
@@ -348,6 +356,24 @@ def test_two_updates_and_two_more_are_four_with_the_collection(tiny, tmp_path, m
         for rows in (whole[-len(rest) :], rest)
     ]
     assert timeless[0] == timeless[1]
+
+
+def test_a_bounded_collection_has_what_the_older_checkpoint_needs(tiny, tmp_path, monkeypatch):
+    imitation = ImitationConfig(samples=3, retries=0, limit=5)
+    bounded = settings(
+        tiny,
+        env_steps=20,
+        guidance=GuidanceConfig(kind="sft", imitation=imitation),
+        save=SaveConfig(interval=1, keep=2),
+    )
+    whole = run(bounded, tmp_path, monkeypatch)
+    files = sorted((tmp_path / "imitation").glob("*.jsonl"))
+    assert [file.stem for file in files] == ["000003", "000004", "000005"], "4 turns each, 5 kept"
+    kept = {file: file.read_bytes() for file in files}
+    shutil.rmtree(tmp_path / "checkpoints" / "000005")
+    (again,) = run(bounded, tmp_path, monkeypatch, resume=True)
+    assert {file: file.read_bytes() for file in files} == kept
+    assert again["imitation/loss"] == whole[-1]["imitation/loss"]
 
 
 def test_static_guidance_measures_the_distance_to_the_start(tiny, tmp_path, monkeypatch):

@@ -52,6 +52,14 @@ class Plan:
         """All runs, as their folders are now."""
         return make_jobs(self.variants, self.seeds, self.out)
 
+    def check(self) -> None:
+        """Find what would only stop a run that has begun: an environment's options, a key, a tracker.
+
+        Raises:
+            ConfigError: a run that is not finished cannot start; its variant is named.
+        """
+        check_startable(self.runs())
+
     def notes(self) -> list[str]:
         """What a reader of the plan should know, a line each."""
         return idle(self.variants)
@@ -105,7 +113,7 @@ def carry_out(plan: Plan, say: Callable[[str], None]) -> dict[Path, str]:
     Raises:
         ConfigError: another process does so too, a run folder holds something else, or a run cannot start.
     """
-    check_startable(plan.runs())
+    plan.check()
     with _own(plan.out):
         jobs = plan.runs()
         attempts = Attempts(plan.out / "attempts.jsonl")

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_type_hints
 from gtr_turbo import trackers
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import TrainConfig
-from gtr_turbo.envs import ContractError, make_env
+from gtr_turbo.envs import make_env
 from gtr_turbo.settings import (
     SWITCHES,
     build_config,
@@ -260,18 +260,29 @@ def check_startable(jobs: Sequence[Job]) -> None:
     Raises:
         ConfigError: a run that is not finished cannot start; its variant is named.
     """
-    for variant in {
-        job.variant.label: job.variant for job in jobs if job.state != "finished"
-    }.values():
-        config, env = variant.config, variant.config.env
+    made: list[tuple[str, dict[str, Any]]] = []
+    for variant in {j.variant.label: j.variant for j in jobs if j.state != "finished"}.values():
+        config = variant.config
         try:
-            for split in {env.train_split, env.eval_split, *config.eval.extra_splits}:
-                make_env(env.id, **env.options, **({"split": split} if split else {})).close()
             if config.guidance.kind == "external":
                 config.guidance.external.key()
             trackers.chosen(config)
-        except (ConfigError, ContractError) as error:
+            for name, options in _environments(config):
+                if (name, options) not in made:
+                    made.append((name, options))
+                    make_env(name, **options).close()
+        except Exception as error:  # an environment of the user's may raise any
             raise ConfigError(f"variant {variant.label}: {error}") from error
+
+
+def _environments(config: TrainConfig) -> list[tuple[str, dict[str, Any]]]:
+    """(id, options) of each that a run makes."""
+    env, evaluation = config.env, config.eval
+    splits = [env.train_split]
+    if evaluation.episodes or evaluation.interval:
+        splits.append(env.eval_split)
+    splits += evaluation.extra_splits if evaluation.episodes else ()
+    return [(env.id, {**env.options, **({"split": split} if split else {})}) for split in splits]
 
 
 def examine(folder: Path, config: TrainConfig) -> tuple[State, int]:

@@ -23,6 +23,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -109,12 +111,14 @@ def resolve_id(name: str) -> str:
     """
     module, _, env_id = name.rpartition(":")
     if module:
+        if os.getcwd() not in sys.path and "" not in sys.path:
+            sys.path.append(os.getcwd())  # as `python -m gtr_turbo` has it
         try:
             importlib.import_module(module)
         except ImportError as error:
             raise ContractError(
                 f"environment {name!r}: cannot import module {module!r} ({error}). "
-                "Give MODULE:ENV_ID with a module that is on PYTHONPATH and registers ENV_ID."
+                "Give MODULE:ENV_ID with a module in this folder or on PYTHONPATH that registers ENV_ID."
             ) from error
     known = gymnasium.registry
     candidates = [env_id, f"gtr/{env_id}-v0", f"gtr/{env_id}", f"{env_id}-v0"]

@@ -201,12 +201,16 @@ class Memory:
                 rows += len(file.read_text(encoding="utf-8").splitlines())
         for file in old:
             file.unlink()
-        if old:
-            lines = (f.read_text(encoding="utf-8") for f in self._folder.glob("[0-9]*.jsonl"))
+        if not old:
+            return
+        lines = (f.read_text(encoding="utf-8") for f in self._folder.glob("[0-9]*.jsonl"))
+        try:
             shown = {json.loads(line)["frame"] for text in lines for line in text.splitlines()}
-            for path in (self._folder / "frames").glob("*.png"):
-                if path.stem not in shown:
-                    path.unlink()
+        except (ValueError, KeyError, TypeError):
+            return  # a damaged file, of which `restore` tells if a run needs it: its frames are not known
+        for path in (self._folder / "frames").glob("*.png"):
+            if path.stem not in shown:
+                path.unlink()
 
     def own(self, targets: Sequence[Target]) -> list[Target]:
         """Those that this rank trains."""

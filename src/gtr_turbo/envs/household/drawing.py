@@ -48,8 +48,9 @@ AHEAD = {0: (0, 2), 90: (2, 0), 180: (0, -2), 270: (-2, 0)}
 """Rotation -> steps from where the agent stands to the middle of the furniture it faces."""
 
 
-MOST_BESIDE, MOST_OBJECTS = 12, 100
-"""Receptacles used from one place, and objects of a game, that there is room for; ALFRED's have 4 and 65."""
+MOST_BESIDE, MOST_THINGS = 12, 100
+"""Receptacles used from one place, and receptacles or objects of a game, that there is room for; ALFRED's have at
+most 4, 55 and 65."""
 
 
 def undrawable(game: Game) -> str:
@@ -57,12 +58,17 @@ def undrawable(game: Game) -> str:
     kinds = {home.kind for home in game.receptacles} | {item.kind for item in game.objects}
     if strange := sorted(kinds - set(cells())):
         return f"there is no picture of its {strange[:5]}"
-    beside = max(Counter(r.pose for r in game.receptacles).values(), default=0)
-    if beside > MOST_BESIDE or len(game.objects) > MOST_OBJECTS:
-        return (
-            f"a frame has room for {MOST_BESIDE} receptacles used from one place and {MOST_OBJECTS} objects, "
-            f"not for {beside} and {len(game.objects)}"
-        )
+    counts = {
+        "receptacles": (len(game.receptacles), MOST_THINGS),
+        "objects": (len(game.objects), MOST_THINGS),
+        "receptacles used from one place": (
+            max(Counter(r.pose for r in game.receptacles).values(), default=0),
+            MOST_BESIDE,
+        ),
+    }
+    for what, (count, most) in counts.items():
+        if count > most:
+            return f"it has {count} {what}, and a frame has room for {most}"
     return ""
 
 

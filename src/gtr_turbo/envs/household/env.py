@@ -124,23 +124,26 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         self._history, self._describe = history, describe
         self._illegal = _one_of("illegal", illegal, ILLEGAL)
         self._early_truncation = early_truncation
-        if isinstance(games, Mapping):
-            games = games[_one_of("split", split, tuple(games))]
+        path: Any = games
+        if isinstance(games, Mapping) and games:
+            path = games[_one_of("split", split, tuple(games))]
         elif games is not None and split != "all":
             raise ContractError(
                 f"Household: split={split!r} chooses rooms of generated games; give it or games={games!r}, or "
                 "games={SPLIT: PATH, ...}"
             )
-        if games is not None and not isinstance(games, str):
+        if games is None:
+            _one_of("split", split, SPLITS)
+        elif not isinstance(path, str):
             raise ContractError(
-                f"Household: games={games!r:.80} must be a path, or a path for each split"
+                f"Household: games={path!r:.80} must be a path, or a path for each split"
             )
-        self._split = split if games is not None else _one_of("split", split, SPLITS)
+        self._split = split
         self._names, self._size = names, size
         self._searches = _one_of("expert", expert, EXPERTS) == "search"
         self.observation_space = observation_space(size, size)
         self.action_space = AnyText()
-        self._backend = self._make(_one_of("backend", backend, BACKENDS), games, limits)
+        self._backend = self._make(_one_of("backend", backend, BACKENDS), path, limits)
 
     def _make(self, backend: str, games: str | None, limits: Mapping[str, float] | None) -> Backend:
         if backend == "thor":

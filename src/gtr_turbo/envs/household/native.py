@@ -93,8 +93,10 @@ class Native:
         A file that cannot be played is told, and the next one is taken.
 
         Raises:
-            GameError: no file can be played.
+            GameError: the game given, or every file, cannot be played.
         """
+        if game is not None and (problem := drawing.undrawable(game)):
+            raise GameError(f"cannot play the given game: {problem}")
         if game is not None or not self._given:
             return self._start(game or generate(rng, task=self._type, split=self._split), None)
         first = int(rng.integers(len(self._given)))
@@ -104,11 +106,11 @@ class Native:
             except GameError as error:
                 if len(self._given) == 1:
                     raise
-                problem = error
+                last = error
                 warnings.warn(f"Household: {error}; the next game is played", stacklevel=4)
             else:
                 return self._start(game, path)
-        raise problem
+        raise last
 
     def _load(self, path: Path) -> Game:
         game = files.load(path)
