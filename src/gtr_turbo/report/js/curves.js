@@ -1,6 +1,8 @@
-// The section of curves: which charts, which axis, one cursor for all of them.
+// The section of curves: which charts, which axis, how smooth, one cursor for all of them.
 
-const curves = { axis: "steps", shown: "main", charts: [] };
+const curves = { axis: "steps", shown: "main", over: 1, charts: [] };
+const OVER = [1, 3, 5, 10, 30, 100, 300, 1000, 3000]; // updates that a point can be the mean of
+const MOST_THIN = 3; // with more groups, lines of single seeds would hide the means
 
 function showCurves() {
   const body = byId("curves-body");
@@ -15,15 +17,25 @@ function showCurves() {
     curves.shown = value;
     buildCharts();
   }, { id: "show-metrics" });
+  const draw = () => curves.charts.forEach((chart) => chart.draw(curves.axis));
+  const updates = Math.max(...data.curves.runs.map((run) => run.updates[run.updates.length - 1]));
+  const widths = OVER.filter((over) => over === 1 || (over > data.curves.width && over <= updates / 5));
+  // several lines cross too often to be read; one is shown as it is
+  if (data.curves.groups.length > 1) curves.over = widths.filter((over) => over <= updates / 10).pop() || 1;
+  const smooth = select("Each point", widths.map((over) => [over, over === 1 ? "as logged" : `mean of the last ${over} updates`]), (value) => {
+    curves.over = Number(value);
+    draw();
+  }, { id: "smooth" });
+  smooth.box.value = curves.over;
   const axis = el("fieldset", { class: "toggle" }, el("legend", { class: "visually-hidden" }, "Horizontal axis"),
     ...[["steps", "Environment steps"], ["seconds", "Wall time"]].map(([value, text]) =>
       el("label", {}, el("input", { type: "radio", name: "axis", value, checked: value === "steps", disabled: value === "seconds" && !timed,
         onchange: () => {
           curves.axis = value;
-          curves.charts.forEach((chart) => chart.draw(value));
+          draw();
         } }), el("span", {}, text))));
   body.append(
-    el("div", { class: "controls" }, show.field, axis),
+    el("div", { class: "controls" }, show.field, widths.length > 1 ? smooth.field : null, axis),
     legend(),
     el("div", { id: "charts" }),
     el("output", { id: "curve-live", class: "visually-hidden", "aria-live": "polite" }),
@@ -36,7 +48,7 @@ function showCurves() {
   new ResizeObserver(([entry]) => {
     if (Math.abs(entry.contentRect.width - width) < 1) return;
     width = entry.contentRect.width;
-    curves.charts.forEach((chart) => chart.draw(curves.axis));
+    draw();
   }).observe(byId("charts"));
 }
 
@@ -50,7 +62,7 @@ function legend() {
     const text = several ? `: mean of ${group.runs.length} seeds (${seeds.map((seed) => plain(seed)).join(", ")})` : "";
     list.append(el("li", {}, swatch(g), el("span", {}, visible(group.label), text)));
   });
-  if (bands) list.append(el("li", { class: "muted" }, "band: lowest to highest seed; thin lines: single seeds"));
+  if (bands) list.append(el("li", { class: "muted" }, `band: lowest to highest seed${data.curves.groups.length > MOST_THIN ? "" : "; thin lines: single seeds"}`));
   return list;
 }
 

@@ -8,7 +8,7 @@ function showOverview() {
   );
   byId("footer").append(`Made ${data.made} by gtr-turbo ${data.version}. What agents wrote is shown as text, never interpreted.`);
   byId("facts").append(
-    fact("Runs", data.runs.map((run) => run.label)),
+    fact("Runs", data.curves.groups.map((group) => (group.runs.length > 1 ? `${group.label} (${group.runs.length} seeds)` : group.label))),
     ...data.facts.map(([what, values]) => fact(what, values)),
   );
   byId("results-table").append(resultsTable());
@@ -114,28 +114,31 @@ function showSettings() {
   }
   const different = data.settings.filter((row) => row.differs);
   const apart = different.filter((row) => !["run", "seed"].includes(row.name));
+  const each = data.runs.map((run, i) => ({ label: run.label, run: i }));
   if (data.runs.length > 1) {
     body.append(el("p", {}, apart.length
       ? `These runs differ in ${apart.length === 1 ? "one setting" : `${apart.length} settings`} besides seed and folder:`
       : "These runs differ in nothing but seed and folder."));
-    if (apart.length) body.append(settingsTable(apart, true, "Settings that differ"));
+    const groups = data.curves.groups.map((group) => ({ label: group.label, run: group.runs[0] }));
+    const alike = apart.every((row) => data.curves.groups.every((group) => group.runs.every((run) => row.values[run] === row.values[group.runs[0]])));
+    if (apart.length) body.append(settingsTable(apart, alike ? groups : each, "Settings that differ"));
   }
-  body.append(el("details", {}, el("summary", {}, `All ${data.settings.length} settings`), settingsTable(data.settings, different.length > 0, "All settings")));
+  const all = settingsTable(data.settings, different.length > 0 ? each : [{ label: "Value", run: 0 }], "All settings");
+  body.append(el("details", {}, el("summary", {}, `All ${data.settings.length} settings`), all));
 }
 
-function settingsTable(rows, wide, label) {
-  const runs = wide ? data.runs.map((run) => run.label) : ["Value"];
+/** A row for each setting, a column for each of `columns`: {label, run}. */
+function settingsTable(rows, columns, label) {
   const table = el("table", { class: "settings" },
-    el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Setting"), ...runs.map((run) => el("th", { scope: "col" }, visible(run))))));
+    el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Setting"), ...columns.map((column) => el("th", { scope: "col" }, visible(column.label))))));
   const body = el("tbody");
   const some = rows.some((row) => !row.differs); // where all differ, marking them says nothing
   for (const row of rows) {
     const name = el("th", { scope: "row" }, el("code", {}, visible(row.name)));
     const marked = row.differs && some;
     if (marked) name.append(" ", el("span", { class: "badge" }, "differs"));
-    const values = wide ? row.values : row.values.slice(0, 1);
     body.append(el("tr", { class: marked ? "differs" : null }, name,
-      ...values.map((value) => el("td", {}, value === null ? "–" : el("code", {}, visible(value))))));
+      ...columns.map(({ run }) => row.values[run]).map((value) => el("td", {}, value === null ? "–" : el("code", {}, visible(value))))));
   }
   table.append(body);
   return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, table);

@@ -22,14 +22,37 @@ function linesOfOne(metric, axis, part) {
   const lines = [];
   data.curves.groups.forEach((group, g) => {
     const band = own(group.bands, metric);
-    for (const run of group.runs) {
-      const columns = data.curves.runs[run];
-      const ys = own(columns.metrics, metric);
-      if (ys) lines.push({ group: g, run, part, thin: Boolean(band), ...points(columns[axis], ys) });
-    }
-    if (band) lines.push({ group: g, run: null, part, thin: false, ...points(band[axis], band.mean, band.low, band.high) });
+    const having = group.runs.map((run) => [run, data.curves.runs[run]]).filter(([, columns]) => own(columns.metrics, metric));
+    const smooth = having.map(([, columns]) => smoothed(columns.updates, columns.metrics[metric], curves.over));
+    having.forEach(([run, columns], i) => lines.push({ group: g, run, part, thin: Boolean(band), ...points(columns[axis], smooth[i]) }));
+    if (!band) return;
+    const { mean, low, high } = curves.over > 1 ? rangeOf(band.steps, having.map(([, columns]) => columns.steps), smooth) : band;
+    lines.push({ group: g, run: null, part, thin: false, ...points(band[axis], mean, low, high) });
   });
   return lines.filter((line) => line.x.length);
+}
+
+/** Each value as the mean of those logged in the last `over` updates, its own among them. */
+function smoothed(updates, ys, over) {
+  if (over === 1) return ys;
+  let from = 0;
+  return ys.map((y, i) => {
+    if (y === null) return null;
+    while (updates[from] <= updates[i] - over) from++;
+    const near = ys.slice(from, i + 1).filter((value) => value !== null);
+    return near.reduce((sum, value) => sum + value, 0) / near.length;
+  });
+}
+
+/** Mean, lowest and highest of several runs at `places`, where all of them have a value. */
+function rangeOf(places, steps, ys) {
+  const tables = steps.map((column, run) => new Map(column.map((step, i) => [step, ys[run][i]])));
+  const found = places.map((step) => tables.map((table) => table.get(step)).filter((value) => value !== undefined && value !== null));
+  return {
+    mean: found.map((values) => values.reduce((sum, value) => sum + value, 0) / values.length),
+    low: found.map((values) => Math.min(...values)),
+    high: found.map((values) => Math.max(...values)),
+  };
 }
 
 /** What a line is of: its group, and which of a pair. */
@@ -187,9 +210,10 @@ function drawChart(svg, state, title, unit) {
   state.x = null;
   if (!state.lines.length) return;
   const right = width - MARGIN.right, bottom = height - MARGIN.bottom;
-  const last = Math.max(...state.lines.map((line) => line.x[line.x.length - 1]));
-  const first = Math.min(0, ...state.lines.map((line) => line.x[0]));
-  const [low, high] = extent(state.lines);
+  const drawn = data.curves.groups.length > MOST_THIN ? state.lines.filter((line) => !line.thin) : state.lines;
+  const last = Math.max(...drawn.map((line) => line.x[line.x.length - 1]));
+  const first = Math.min(0, ...drawn.map((line) => line.x[0]));
+  const [low, high] = extent(drawn);
   const scale = (from, to, a, b) => {
     const f = (v) => a + ((v - from) / (to - from || 1)) * (b - a);
     f.invert = (p) => from + ((p - a) / (b - a)) * (to - from);
@@ -208,7 +232,7 @@ function drawChart(svg, state, title, unit) {
   for (const value of marks) {
     svg.append(el("text", { x: x(value), y: bottom + 17, class: x(value) > right - 20 ? "tick end" : "tick middle" }, state.axis === "seconds" ? clock(value) : short(value, last)));
   }
-  for (const line of state.lines) drawLine(svg, line, x, y);
+  for (const line of drawn) drawLine(svg, line, x, y);
   state.cursor = el("line", { y1: MARGIN.top, y2: bottom, class: "cursor", visibility: "hidden" });
   svg.append(state.cursor);
   const told = state.lines.filter((line) => !line.thin).map((line) => {
