@@ -42,6 +42,12 @@ STUDIES: dict[str, list[str]] = {
     "stress": [*STRESS, *kinds("stress")],
     "points24": ["points24", *kinds("points24"), "--eval.interval", "10"],
     "ezpoints": ["ezpoints", *kinds("ezpoints"), "--eval.interval", "5"],
+    # one turn: the thought is the steps, the action the whole formula
+    "formula": [
+        *("points24", "--env.options.granularity", "formula", "--ppo.lr", "3e-4"),
+        *("--env_steps", "15360", "--vary", "guidance=none,kl,static,sft", "--seeds", "1"),
+        *("--eval.episodes", "400", "--eval.interval", "10"),
+    ],
     "household": [
         *("household-tiny", "--vary", "guidance=none,static,sft,kl", "--seeds", "3"),
         *("--eval.episodes", "200"),
