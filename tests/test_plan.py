@@ -55,7 +55,7 @@ def test_weights_adapters_optimizer_teacher_and_history_are_those_of_the_real_te
     sums = {name: t for name, t in history.state().items() if name != "count"}
     assert 16 * shadow.exchanged == sum(t.nbytes for t in sums.values())
     policy.load_teacher(history.merged())
-    teacher = [t for name, t in policy.teacher_state().items() if name != "norm"]
+    teacher = [t for name, t in policy.teacher_state().items() if name != "norms"]
     assert shadow.exchanged * shadow.itemsize == sum(t.nbytes for t in teacher)
 
 

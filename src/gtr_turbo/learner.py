@@ -289,6 +289,7 @@ def _teacher_metrics(
     metrics = {"teacher/age": float(age), "teacher/student_distance": policy.student_distance()}
     metrics |= policy.mover.take()
     metrics["teacher/distance"] = policy.teacher_distance()
+    metrics["teacher/rounding"] = policy.teacher_rounding()
     metrics["teacher/zero_fraction"] = history.zero_fraction
     if batch.kl_tokens is not None:
         assert batch.kl_mask is not None

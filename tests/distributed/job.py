@@ -295,7 +295,7 @@ def stored(path, form, policy, optimizer, turns, ranks, out):
     found = {
         "student": apart(reloaded(path, form, newest / "student"), trained_of(own)),
         "teacher": max(
-            float((merged[n] - tensor).abs().max()) for n, tensor in kept.items() if n != "norm"
+            float((merged[n] - tensor).abs().max()) for n, tensor in kept.items() if n != "norms"
         ),
         "factors": apart(
             {n: policy.change_of(n, f) for n, f in policy.factors()} if form == "lora" else deltas,

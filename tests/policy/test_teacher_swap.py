@@ -198,6 +198,7 @@ def test_the_state_of_a_teacher_is_exact(tiny, form):
     policy.load_teacher(noise(policy))
     other.load_teacher_state(policy.teacher_state())
     assert other.teacher_distance() == policy.teacher_distance()
+    assert other.teacher_rounding() == policy.teacher_rounding()
     with policy.as_teacher(), other.as_teacher():
         assert torch.equal(logprobs(policy), logprobs(other))
 
@@ -248,10 +249,32 @@ def test_in_bfloat16_the_teacher_is_rounded_once_and_lies_in_the_type_of_the_wei
     change = noise(policy)
     policy.load_teacher(change)
     state = policy.teacher_state()
-    del state["norm"]
+    del state["norms"]
     for name, tensor in state.items():
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, (start[name].float() + change[name]).bfloat16())
+    wanted = {name: start[name].float() + change[name] for name in state}
+    lost = sum(
+        float((wanted[name] - tensor.float()).square().sum()) for name, tensor in state.items()
+    )
+    share = lost**0.5 / policy.teacher_distance()
+    assert 0.001 < policy.teacher_rounding() == pytest.approx(share, rel=1e-6)
+
+
+@FORMS
+def test_what_rounding_takes_of_a_change_is_told(tiny, form):
+    """A change far below half a step of bfloat16 is lost whole, one of a step not at all."""
+    policy = make_policy(tiny, **form, **BF16)
+    start = {name: tensor.clone() for name, tensor in policy._exchanged().items()}
+    policy.load_teacher({name: 2e-4 * tensor.float() for name, tensor in start.items()})
+    assert policy.teacher_rounding() == pytest.approx(1, rel=1e-3)
+    policy.load_teacher({name: tensor.float() for name, tensor in start.items()})  # twice the start
+    assert policy.teacher_rounding() == 0
+    policy.load_teacher({name: torch.zeros(tensor.shape) for name, tensor in start.items()})
+    assert policy.teacher_rounding() == 0  # there is nothing to lose
+    exact = make_policy(tiny, **form)
+    exact.load_teacher(noise(exact))
+    assert exact.teacher_rounding() == 0
 
 
 def test_with_adapters_only_the_teacher_and_the_base_move_and_the_base_is_kept_once(tiny):

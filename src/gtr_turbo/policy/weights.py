@@ -75,7 +75,7 @@ class Weights(nn.Module):
         self._first_factors = self._copy_factors() if config.adapter else {}
         self._own: dict[str, Tensor] = {}
         self._teacher: dict[str, Tensor] | None = None
-        self._teacher_norm = 0.0
+        self._teacher_norm, self._teacher_lost = 0.0, 0.0
         self.cut = None if teacher_rank is None else CutTeacher(teacher_rank)
         self._inside = False
 
@@ -228,6 +228,7 @@ class Weights(nn.Module):
         teacher = self._teacher or host_like(self._exchanged())
         self._teacher = None
         squares: dict[str, float] = {}
+        lost: dict[str, float] = {}
         for name, tensor in pairs:
             if name not in start:
                 raise KeyError(f"teacher tensors do not match: [{name!r}] is unknown")
@@ -235,7 +236,10 @@ class Weights(nn.Module):
             if self._first_factors:
                 first = self._first_change(name, layers[name])
                 begun = begun + part_of(first, replaced[name]).cpu()
-            teacher[name].copy_(begun + part_of(tensor, replaced[name]).cpu())
+            wanted = begun + part_of(tensor, replaced[name]).cpu()
+            teacher[name].copy_(wanted)
+            if wanted.dtype != teacher[name].dtype:
+                lost[name] = float((wanted - teacher[name]).square().sum())
             if self.cut is not None:
                 self.cut.take(name, tensor.to(self.device), first)
             squares[name] = float((tensor**2).sum())
@@ -244,6 +248,8 @@ class Weights(nn.Module):
             raise KeyError(f"teacher tensors do not match: {missing[:5]} are missing")
         # in a fixed order, so that a resumed run gets the same last digit
         self._teacher_norm = sum(squares[name] for name in sorted(squares)) ** 0.5
+        total = sum(lost[name] for name in sorted(lost))
+        self._teacher_lost = math.sqrt(self.ranks.total(total) if self.sharded else total)
         self._teacher = teacher
 
     def teacher_state(self) -> dict[str, Tensor]:
@@ -257,7 +263,8 @@ class Weights(nn.Module):
         replaced = self._replaced()
         state = {name: joined(part, replaced[name]).cpu() for name, part in self._teacher.items()}
         cut = {} if self.cut is None else self.cut.state()
-        return {**state, **cut, "norm": torch.tensor(self._teacher_norm, dtype=torch.float64)}
+        norms = torch.tensor([self._teacher_norm, self._teacher_lost], dtype=torch.float64)
+        return {**state, **cut, "norms": norms}
 
     def load_teacher_state(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `teacher_state` gave.
@@ -271,11 +278,15 @@ class Weights(nn.Module):
         replaced = self._replaced()
         for name, tensor in self._teacher.items():
             tensor.copy_(part_of(state[name], replaced[name]))
-        self._teacher_norm = float(state["norm"])
+        self._teacher_norm, self._teacher_lost = state["norms"].tolist()
 
     def teacher_distance(self) -> float:
-        """Euclidean norm of the teacher's change against the run's starting point."""
+        """Euclidean norm of the merge's change against the run's starting point."""
         return self._teacher_norm
+
+    def teacher_rounding(self) -> float:
+        """Norm of what rounding to the type of the weights took from that change, relative to it; 0 in float32."""
+        return self._teacher_lost / self._teacher_norm if self._teacher_norm else 0.0
 
     def as_teacher(self) -> AbstractContextManager[None]:
         """Inside the block the model computes with the teacher's weights; after it with its own.
