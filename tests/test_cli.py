@@ -208,6 +208,14 @@ def test_resuming_needs_a_run_with_a_checkpoint(capsys, small, tmp_path):
     check_fails(capsys, ["train", "--resume", "--run", str(run)], "holds no complete checkpoint")
 
 
+def test_a_run_that_cannot_go_on_with_other_settings_keeps_its_own(capsys, finished):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    resume = ["train", "--resume", "--run", str(finished), "--env_steps", "24", "--seed", "3"]
+    told = ("seed was 0 and is now 3", "teacher.method was 'ties' and is now 'linear'", "--run")
+    check_fails(capsys, [*resume, "--teacher.method", "linear"], *told)
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+
 def test_a_folder_that_holds_a_run_is_left_alone(capsys, finished, small):
     before = (finished / "metrics.jsonl").read_bytes()
     check_fails(capsys, ["train", "--config", small, "--run", str(finished)], "holds a run already")

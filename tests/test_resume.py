@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import re
 import shutil
 
 import pytest
@@ -59,6 +60,14 @@ def tensors_of(folder):
         for file in sorted(folder.glob("*.safetensors"))
         for name, tensor in load_file(file).items()
     }
+
+
+def forget_settings(run):
+    """Make the newest checkpoint one of an older version."""
+    path = folders(run)[-1] / "state.json"
+    state = json.loads(path.read_text())
+    del state["settings"]
+    path.write_text(json.dumps(state))
 
 
 @pytest.mark.parametrize("interval", [1, 3])
@@ -119,6 +128,10 @@ def test_adapters_resume_bit_for_bit(tiny, tmp_path, kept):
     )
     other = dataclasses.replace(teacher, history="sums" if kept == "factors" else "factors")
     config = dataclasses.replace(config, teacher=other, env_steps=16)
+    told = rf"000003 .*teacher\.history was '{kept}' and is now"
+    with pytest.raises(CheckpointError, match=told):
+        train(config, tmp_path / "parts", Silent(), resume=True)
+    forget_settings(tmp_path / "parts")
     with pytest.raises(CheckpointError, match=f"000003 does not fit: .* was kept as {kept}"):
         train(config, tmp_path / "parts", Silent(), resume=True)
 
@@ -208,6 +221,69 @@ def test_another_starting_model_is_refused(tiny, tmp_path, form):
     config = dataclasses.replace(config, model=dataclasses.replace(model, path=str(other)))
     with pytest.raises(CheckpointError, match="began from another model"):
         train(config, run, Silent(), resume=True)
+
+
+CONTRADICTIONS = [
+    ({"seed": 1}, "seed was 0 and is now 1"),
+    ({"env": {"num_envs": 4}}, "env.num_envs was 2 and is now 4"),
+    ({"env": {"train_split": None}}, "env.train_split was 'train' and is now None"),
+    ({"env": {"options": {"prompt": "full"}}}, "env.options was {'prompt': 'compact'} and is now"),
+    ({"env": {"id": "Points24"}}, "env.id was 'EZPoints' and is now 'Points24'"),
+    ({"rollout": {"turns_per_env": 4}}, "rollout.turns_per_env was 2 and is now 4"),
+    ({"model": {"lora_alpha": 2}}, "model.lora_alpha was 256 and is now 2"),
+    ({"model": {"train": "lora"}}, "model.train was 'full' and is now 'lora'"),
+    ({"teacher": {"method": "linear"}}, "teacher.method was 'ties' and is now 'linear'"),
+    ({"teacher": {"weights": "ema"}}, "teacher.weights was 'sma' and is now 'ema'"),
+    ({"env_steps": 4}, "000002 has made 2 updates, and env_steps=4 is 1 of 4 turns"),
+]
+
+
+def changed(config, over):
+    """`config` with the settings of `over`, groups merged."""
+    groups = {
+        name: dataclasses.replace(getattr(config, name), **value)
+        if isinstance(value, dict)
+        else value
+        for name, value in over.items()
+    }
+    return dataclasses.replace(config, **groups)
+
+
+@pytest.mark.parametrize(("over", "told"), CONTRADICTIONS)
+def test_settings_that_contradict_the_checkpoint_are_refused(interrupted, over, told):
+    config, run = interrupted
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    over = {"env_steps": 24, **over}
+    with pytest.raises(CheckpointError, match=re.escape(told)):
+        train(changed(config, over), run, Silent(), resume=True)
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_settings_that_do_not_contradict_it_may_change(interrupted):
+    config, run = interrupted
+    over = {
+        "env_steps": 16,
+        "name": "longer",
+        "model": {"attention": "sdpa", "gradient_checkpointing": True},
+        "rollout": {"rescore": True},
+        "ppo": {"lr": 1e-4, "microbatch_turns": 4},
+        "guidance": {"beta": 1.0},
+        "teacher": {"interval": 2, "history": "sums"},
+        "eval": {"interval": 3, "interval_episodes": 1},
+        "save": {"interval": 2},
+    }
+    train(changed(config, over), run, Silent(), resume=True)
+    assert [row["update"] for row in rows_of(run)] == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_of_an_older_version_resumes_with_its_seed_and_environments(interrupted):
+    config, run = interrupted
+    forget_settings(run)
+    for over in ({"seed": 1}, {"env": {"num_envs": 1}, "ppo": {"minibatch_turns": 2}}):
+        with pytest.raises(CheckpointError, match=r"seed was 0|env\.num_envs was 2"):
+            train(changed(config, over), run, Silent(), resume=True)
+    train(config, run, Silent(), resume=True)
+    assert [row["update"] for row in rows_of(run)] == [1, 2, 3]
 
 
 def test_the_fingerprint_sees_every_kind_of_change():

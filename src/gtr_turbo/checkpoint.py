@@ -21,6 +21,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gtr_turbo.config import TrainConfig
 from gtr_turbo.distributed.sharding import full, is_sharded, local, shard_of
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.teacher.history import History
 
 FORMAT = 1
+FIXED = (
+    "seed", "env.id", "env.options", "env.train_split", "env.num_envs", "rollout.turns_per_env", "model.train",
+    "model.vision", "model.lora_rank", "model.lora_alpha", "model.dtype", "teacher.method", "teacher.density",
+    "teacher.weights", "teacher.alpha",
+)  # fmt: skip
+"""What a run keeps to its end: its episodes, counts of turns, weights and sums of the teacher rest on it."""
 
 
 class CheckpointError(RuntimeError):
@@ -204,6 +212,39 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"checkpoint {folder} is damaged: {', '.join(wrong)} was cut; remove the folder"
         )
     return dict(state)
+
+
+def fixed_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a resumed run cannot change, by name, as `state.json` holds them."""
+    found = {name: attrgetter(name)(config) for name in FIXED}
+    found["teacher.history"] = config.history
+    return dict(json.loads(json.dumps(found, default=str)))
+
+
+def check_settings(folder: Path, config: TrainConfig) -> None:
+    """Refuse to go on from a checkpoint with settings that contradict it.
+
+    Raises:
+        CheckpointError: names them; or the checkpoint is damaged.
+    """
+    state, now = read_state(folder), fixed_settings(config)
+    # of older versions the checkpoints tell these two only
+    kept = {"seed": state["seed"], "env.num_envs": len(state["envs"])} | state.get("settings", {})
+    other = [
+        f"{name} was {was!r} and is now {now[name]!r}"
+        for name, was in kept.items()
+        if name in now and was != now[name]
+    ]
+    if other:
+        raise CheckpointError(
+            f"checkpoint {folder} cannot go on with other settings: {'; '.join(other)}. Leave them as they were, "
+            "or start a new run with another --run"
+        )
+    if config.num_updates < state["update"]:
+        raise CheckpointError(
+            f"checkpoint {folder} has made {state['update']} updates, and env_steps={config.env_steps} is "
+            f"{config.num_updates} of {config.turns_per_update} turns; raise env_steps"
+        )
 
 
 def load(

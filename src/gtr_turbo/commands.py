@@ -120,6 +120,8 @@ def _train_shown(config: TrainConfig, run: Path, options: argparse.Namespace, ra
             raise ConfigError(
                 f"{run} holds a run already: go on with --resume, or give another --run"
             )
+        if options.resume:
+            checkpoint.check_settings(checkpoint.folders(run)[-1], config)
         checkpoint.write_atomically(run / "config.yaml", dump_config(config))
         with TerminalView() as view:
             summary = train(config, run, view, resume=options.resume, ranks=ranks)

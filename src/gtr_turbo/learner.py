@@ -99,8 +99,13 @@ class Learner:
         return {}
 
     def resume(self, run: Path) -> dict[str, Any]:
-        """Take up the newest checkpoint of `run`; returns its state."""
+        """Take up the newest checkpoint of `run`; returns its state.
+
+        Raises:
+            CheckpointError: it is damaged, or of other settings or another starting model.
+        """
         newest = self._ranks.from_first([path.name for path in checkpoint.folders(run)][-1:])[0]
+        checkpoint.check_settings(run / "checkpoints" / newest, self._config)
         state = checkpoint.load(
             run / "checkpoints" / newest,
             self.policy,
@@ -188,6 +193,7 @@ class Learner:
             self._ranks.agree("weights", checkpoint.fingerprint(weights))
         state |= {
             "seed": self._config.seed,
+            "settings": checkpoint.fixed_settings(self._config),
             "start": self._start_print,
             "teacher_age": self.teacher_age,
             "envs": [env for part in self._ranks.gather(self._envs.state()) for env in part],
