@@ -1,5 +1,6 @@
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -239,6 +240,26 @@ def test_rescoring_gives_what_the_sampler_recorded_in_float32(policy):
         torch.testing.assert_close(again.reply.logprobs, turn.reply.logprobs, atol=1e-4, rtol=0)
         assert again.reply.value == pytest.approx(turn.reply.value, abs=1e-4)
         assert torch.equal(again.reply.response_ids, turn.reply.response_ids)
+
+
+def test_the_value_of_what_follows_is_the_one_that_scoring_gave_it(policy, monkeypatch):
+    envs = started()
+    rng = np.random.default_rng(0)
+
+    def generate(policy, observed, sampling, generator, *, greedy=False):
+        """Replies whose recorded values a coarser type would have rounded."""
+        texts = [json.dumps(env.unwrapped.demonstrate(rng)) for env in envs._envs]
+        return [
+            replace(reply, value=reply.value + 1.0) for reply in replies(policy, observed, texts)
+        ]
+
+    monkeypatch.setattr(collecting, "generate", generate)
+    turns = gather(envs, policy, 3, rescore=True)
+    for i in range(3):
+        for turn, following in itertools.pairwise(turns[i::3]):
+            assert turn.next_value == following.reply.value
+            seen = policy.observe([following.observed.frame], [following.prompt])
+            assert turn.next_value == pytest.approx(float(values(policy, seen)), abs=1e-4)
 
 
 def test_an_environment_without_fields_is_refused():

@@ -239,16 +239,18 @@ def collect(
         if not turn.terminated and (turn.truncated or t == len(steps) - 1)
     }
     beyond = dict(zip(cut, _values(policy, list(cut.values()), len(envs)), strict=True))
+    made = [turn for step in steps for turn, _ in step]
+    if rollout.rescore and engine is None:
+        made = rescore(made, policy, len(envs))
     turns = []
-    for t, step in enumerate(steps):
-        for i, (turn, _) in enumerate(step):
-            following = 0.0
-            if (t, i) in beyond:
-                following = beyond[t, i]
-            elif not turn.terminated:
-                following = steps[t + 1][i][0].reply.value
-            turns.append(replace(turn, next_value=following))
-    return rescore(turns, policy, len(envs)) if rollout.rescore and engine is None else turns
+    for at, turn in enumerate(made):
+        following = 0.0
+        if (place := divmod(at, len(envs))) in beyond:
+            following = beyond[place]
+        elif not turn.terminated:
+            following = made[at + len(envs)].reply.value
+        turns.append(replace(turn, next_value=following))
+    return turns
 
 
 def _values(policy: Policy, observations: list[Mapping[str, Any]], size: int) -> list[float]:
