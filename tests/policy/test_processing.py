@@ -24,3 +24,14 @@ def test_pixels_are_those_of_the_stock_processor(path, kind):
     for name, tensor in ours.items():
         assert tensor.dtype == stock[name].dtype
         assert tensor.numpy().tobytes() == stock[name].numpy().tobytes()
+
+
+def test_a_lone_surrogate_in_a_prompt_is_a_question_mark():
+    processor = Processor(starter.model_folder("tiny-qwen3-vl"), "qwen3_vl")
+    frame = np.zeros((32, 32, 3), np.uint8)
+    prompts = ["You said \ud83c.", "You said ?.", "2 \U0001f0a1"]
+    first, second, whole = processor.encode([frame] * 3, prompts)
+    assert first.tolist() == second.tolist()
+    assert processor.clean(prompts[2]) == prompts[2]
+    assert len(whole)
+    assert processor.reply_ids("\ud83c").tolist() == processor.reply_ids("?").tolist()

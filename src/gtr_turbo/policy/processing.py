@@ -87,8 +87,11 @@ class Processor:
             self.image_processor.save_pretrained(path)
 
     def clean(self, text: str) -> str:
-        """`text` without the model's special tokens: text of an environment is data, never markup."""
-        before = None
+        """`text` without the model's special tokens: text of an environment is data, never markup.
+
+        Lone surrogates, which JSON escapes can smuggle in and no tokenizer takes, become question marks.
+        """
+        text, before = text.encode("utf-8", "replace").decode(), None
         while text != before:  # what is left may join to another
             before = text
             for token in self._specials:
