@@ -117,6 +117,14 @@ def test_the_code_for_a_shipped_starter_loads_it(base):
     assert found["base"].config.model_type == "qwen3_vl"
 
 
+def test_an_evaluation_on_other_episodes_than_the_rest_says_so():
+    before = SUMMARY["evaluations"]["before/held-out/student"] | {"episodes": 500}
+    evaluations = SUMMARY["evaluations"] | {"before/held-out/student": before}
+    text = card(summary=SUMMARY | {"evaluations": evaluations})
+    assert "the model the run began with (500 episodes) | 12.5%" in text.replace("\\", "")
+    assert text.count("500 episodes") == 1
+
+
 def test_a_run_without_evaluations_and_weights_without_a_run_claim_nothing(tmp_path):
     for which in ("student", "teacher"):
         (tmp_path / which).mkdir()

@@ -69,6 +69,28 @@ def test_a_resumed_run_evaluates_as_if_nothing_had_happened(tiny, tmp_path):
     assert parts[-1]["system/cpu_seconds"] > parts[0]["system/cpu_seconds"] > 0
 
 
+def test_a_resumed_agent_is_not_evaluated_as_the_one_before(tiny, tmp_path):
+    """Nor is an evaluation said to rest on other episodes than it does."""
+
+    class Interrupting(Silent):
+        def updated(self, row):
+            if row["update"] == 2:
+                raise KeyboardInterrupt
+
+    for episodes in (0, 3):
+        run = tmp_path / str(episodes)
+        with pytest.raises(KeyboardInterrupt):
+            run_with(tiny, run, EvalConfig(episodes=episodes), Interrupting())
+        run_with(tiny, run, EvalConfig(episodes=2), resume=True)
+        summary = json.loads((run / "summary.json").read_text())
+        found = {key: value["episodes"] for key, value in summary["evaluations"].items()}
+        before = {"before/held-out/student": 3} if episodes else {}
+        after = {f"after/held-out/{which}": 2 for which in ("student", "teacher")}
+        assert found == before | after
+        assert (summary["success_before"] is None) == (episodes == 0)
+        assert summary["episodes"] == 2
+
+
 def test_student_and_merge_play_the_same_episodes_each_time(tiny, tmp_path, monkeypatch):
     """What is evaluated, by split, seed and number of episodes; the merge with its own weights in place."""
     asked, evaluate = [], trainer.evaluate

@@ -77,6 +77,14 @@ def test_the_summary_shows_its_numbers():
     assert "Better" not in printed({**SUMMARY, **without, "evaluations": {}, "episodes": 0})
 
 
+def test_the_summary_says_which_evaluation_rests_on_other_episodes():
+    found = dict(SUMMARY["evaluations"])
+    found["before/held-out/student"] = {**found["before/held-out/student"], "episodes": 500}
+    found["after/held-out/student"] = {**found["after/held-out/student"], "episodes": 200}
+    text = printed({**SUMMARY, "evaluations": found})
+    assert text.count("500 episodes") == text.count("200 episodes") == 1
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_view_tells_of_every_update(tmp_path, capsys, terminal):
     console = Console(file=io.StringIO(), width=120, force_terminal=terminal)

@@ -219,10 +219,12 @@ def _results(summary: Mapping[str, Any], which: str) -> list[dict[str, str]]:
         if player != ("student" if when == "before" else which):
             continue
         low, high = found["interval"]
+        number, usual = found.get("episodes"), summary.get("episodes")
+        other = "" if number in (None, usual) else f" ({number} episodes)"
         rows.append(
             {
                 "split": "all" if split == "None" else split,
-                "model": names[when],
+                "model": names[when] + other,
                 "success": f"{found['success']:.1%}",
                 "interval": f"{low:.1%} to {high:.1%}",
             }

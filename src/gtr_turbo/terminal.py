@@ -184,6 +184,12 @@ class TerminalView:
         console.print(f"note: {text}", soft_wrap=True, markup=False, highlight=False)
 
 
+def _other_number(evaluation: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """On how many episodes an evaluation rests, if not on the summary's: another number was given on resume."""
+    number = evaluation.get("episodes", summary["episodes"])
+    return "" if number == summary["episodes"] else f" of {number} episodes"
+
+
 def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """The table at the end of a run."""
     table = Table(title=f"{summary['name']} · seed {summary['seed']}", title_style="bold")
@@ -197,7 +203,10 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
         cells = [evaluations.get(f"{key}", {}) for key in (
             f"before/{split}/student", f"after/{split}/student", f"after/{split}/teacher"
         )]  # fmt: skip
-        shown = [percent(cell.get("success"), cell.get("interval")) for cell in cells]
+        shown = [
+            percent(cell.get("success"), cell.get("interval")) + _other_number(cell, summary)
+            for cell in cells
+        ]
         name = f"{split}, " if split != "None" else ""
         table.add_row(f"{name}{summary['episodes']} episodes", *shown)
     console.print(table)

@@ -120,8 +120,11 @@ def _train(
     spent: Spent,
 ) -> dict[str, Any]:
     """The loop itself."""
-    evaluations: dict[str, Any] = state.get("evaluations") or _evaluate(
-        learner, config, view, "before", {}
+    # a resumed agent has been trained: what was not evaluated before, never is
+    evaluations: dict[str, Any] = (
+        state["evaluations"]
+        if "evaluations" in state
+        else _evaluate(learner, config, view, "before", {})
     )
     ranks = learner.policy.ranks
     spent.before(state.get("seconds", 0.0), state.get("cpu_seconds", 0.0) / ranks.world)
