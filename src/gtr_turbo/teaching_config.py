@@ -186,7 +186,8 @@ class GuidanceConfig:
     """Where it enters: each turn's advantage (the paper's equation), its reward (the paper's Algorithm 2),
     or each token's advantage (dense; needs `ppo.ratio: token`)."""
     monitor: bool = True
-    """With `none`: still measure the KL to the merge, which shows collapse, at the cost of a scoring pass."""
+    """With `none`, `sft` and `external`, which do not use it: still measure the KL to the merge, which shows
+    collapse, at the cost of a scoring pass with the teacher."""
     beta: float = 5.0
     """Weight of the KL; 1 is the paper's."""
     center: bool = True
