@@ -33,7 +33,9 @@ ENGINE = {  # tests/policy/test_vllm.py and test_vllm_teacher.py compare them wi
         "teacher_gap",
     )
 }  # fmt: skip
-IMITATION = {f"imitation/{name}" for name in ("asked", "written", "tries", "collected", "loss")}
+IMITATION = {
+    f"imitation/{name}" for name in ("asked", "written", "tries", "unusable", "collected", "loss")
+}
 
 
 def documented():

@@ -29,6 +29,8 @@ class Parsed:
     """Character where the `"action"` member begins; 0 if invalid."""
     valid: bool = False
     """True if the reply is a closed JSON object with every required key, `"action"` after all others."""
+    strict: bool = False
+    """True if it is valid and nothing had to be repaired."""
 
 
 def _members(text: str) -> list[tuple[str, int]]:
@@ -107,7 +109,13 @@ def parse(text: str, required: Sequence[str]) -> Parsed:
         at = match.start() - start if match else -1
     if at < 0:
         return Parsed()
-    return Parsed(fields=value, action=str(action).strip(), action_start=start + at, valid=True)
+    return Parsed(
+        fields=value,
+        action=str(action).strip(),
+        action_start=start + at,
+        valid=True,
+        strict=strict,
+    )
 
 
 def thought_tokens(

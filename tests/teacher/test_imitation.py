@@ -13,6 +13,7 @@ from gtr_turbo.checkpoint import own_folder
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.collect import Envs, collect
 from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig, SaveConfig
+from gtr_turbo.parsing import parse
 from gtr_turbo.policy.scoring import score
 from gtr_turbo.teacher.collection import Memory
 from gtr_turbo.teacher.imitation import imitation_loss, splice, teach, write_thoughts
@@ -80,6 +81,50 @@ def test_markup_in_a_thought_is_taken_out_and_moves_nothing(policy, token):
 )
 def test_an_answer_that_cannot_be_read_gives_no_target(policy, teacher):
     assert splice(policy.processor, teacher, AGENT, FIELDS) is None
+
+
+@pytest.mark.parametrize(
+    ("tail", "action"),
+    [
+        ("'action': '+'}", "+"),
+        ('action: "+"}', "+"),
+        ('"action": "+",}', "+"),
+        ('action: add" "action": "+"}', "+"),
+        ("'action': 7}", 7),
+        ("'action': 'go \"north\"'}", 'go "north"'),
+    ],
+)
+def test_an_action_that_had_to_be_repaired_is_written_out_as_json(policy, tail, action):
+    agent = f'{{"cards": [3, 6], "formula": "", "thoughts": "3+6=9", {tail}'
+    ids, trained = splice(policy.processor, TEACHER, agent, FIELDS)
+    text = policy.processor.decode(ids[:-1].tolist())
+    assert json.loads(text) == json.loads(TEACHER) | {"action": action}
+    # what the action is, is not trained
+    learned = policy.processor.decode(ids[:trained].tolist())
+    assert TEACHER.startswith(learned.removesuffix('"'))
+    assert learned.endswith('"action": "' if isinstance(action, str) else '"action": ')
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        TEACHER.replace('2*6=12",', '2*6=12"'),
+        TEACHER.replace('"thoughts"', "'thoughts'"),
+        TEACHER.replace('"thoughts"', "thoughts"),
+    ],
+)
+def test_a_thought_that_is_not_json_before_it_is_repaired_gives_no_target(policy, teacher):
+    assert parse(teacher, FIELDS).valid
+    for whole in (False, True):
+        assert splice(policy.processor, teacher, AGENT, FIELDS, whole=whole) is None
+
+
+def test_replies_of_strict_json_are_spliced_as_they_stand(policy):
+    """White space, a code fence, members behind the action: byte for byte."""
+    fence, agent = f"```json\n{TEACHER}\n```", AGENT.replace('"+"}', '"+" , "more":  {}}\n```')
+    ids, _ = splice(policy.processor, fence, agent, FIELDS)
+    expected = fence.partition('"action"')[0] + '"action"' + agent.partition('"action"')[2]
+    assert ids.tolist() == policy.processor.reply_ids(expected).tolist()
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -295,7 +340,8 @@ def test_steps_on_the_loss_lower_it(tiny, turns, tmp_path):
 
 
 def test_teach_collects_what_could_be_read(policy, turns, tmp_path, monkeypatch):
-    generate, _ = replay([TEACHER, "{}", TEACHER, TEACHER])
+    single = TEACHER.replace('"thoughts"', "'thoughts'")
+    generate, _ = replay([TEACHER, "{}", TEACHER, single])
     monkeypatch.setattr("gtr_turbo.teacher.imitation.generate", generate)
     policy.load_teacher({name: torch.zeros_like(d) for name, d in policy.deltas()})
     memory = Memory(tmp_path, 0)
@@ -303,9 +349,10 @@ def test_teach_collects_what_could_be_read(policy, turns, tmp_path, monkeypatch)
     metrics = teach(
         policy, turns, FIELDS, memory, guidance, SamplingConfig(), torch.Generator(), update=1
     )
-    assert metrics["imitation/collected"] == 3.0
+    assert metrics["imitation/collected"] == 2.0
     assert metrics["imitation/written"] == 0.75
-    assert [t.prompt for t in memory.targets] == [turns[i].prompt for i in (0, 2, 3)]
+    assert metrics["imitation/unusable"] == 1.0
+    assert [t.prompt for t in memory.targets] == [turns[i].prompt for i in (0, 2)]
 
 
 # -- in a run --------------------------------------------------------------------------------------

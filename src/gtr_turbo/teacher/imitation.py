@@ -7,6 +7,7 @@ agent's, and PPO explores it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -45,15 +46,20 @@ def splice(
         whole: keep the teacher's action, and train it.
 
     Returns:
-        (ids (R,) with the end token, how many of the first are trained); None if the teacher's reply, or what
-        came out, is no valid reply.
+        (ids (R,) with the end token, how many of the first are trained); None if the teacher's reply is not valid,
+        or its thought is not JSON as it stands: what `parse` has to repair is not to be learned.
     """
     teacher, agent = processor.clean(teacher), processor.clean(agent)
     written, acted = parse(teacher, fields), parse(agent, fields)
     if not (written.valid and acted.valid):
         return None
-    text = teacher if whole else teacher[: written.action_start] + agent[acted.action_start :]
-    if not parse(text, fields).valid:
+    source, own = (teacher, written) if whole else (agent, acted)
+    tail = source[own.action_start :]
+    if not own.strict:
+        tail = f'"action": {json.dumps(own.fields["action"], ensure_ascii=False)}}}'
+    text = processor.clean(teacher[: written.action_start] + tail)
+    made = parse(text, fields)
+    if not made.strict or made.action != own.action:
         return None
     ids = processor.reply_ids(text)
     if whole:
@@ -190,7 +196,11 @@ def teach(
         for turn, text in zip(turns, written.texts, strict=True)
     ]
     memory.add(update, turns, made)
-    return written.metrics | {"imitation/collected": float(len(memory))}
+    lost = sum(text is not None for text in written.texts) - sum(t is not None for t in made)
+    return written.metrics | {
+        "imitation/unusable": float(policy.ranks.sum(torch.tensor(lost))),
+        "imitation/collected": float(len(memory)),
+    }
 
 
 def imitation_loss(
