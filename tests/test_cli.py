@@ -92,6 +92,8 @@ def check_fails(capsys, arguments, *parts, code=2):
         (["--ppo.microbatch_turns", "48"], ["ppo.microbatch_turns=48 must divide"]),
         (["--env_steps", "100"], ["env_steps=100 is less than one update of 256 turns"]),
         (["--guidance.credit", "token", "--ppo.ratio", "sequence"], ["needs ppo.ratio='token'"]),
+        (["--model.dtype", "bfloat16"],
+         ["model.dtype='bfloat16' cannot be trained with model.train='full'", "dtype to float32"]),
         (["--teacher.history", "factors"], ["needs model.train='lora', got 'full'"]),
         (["--env.options.split", "train"], ["set env.train_split and env.eval_split"]),
         (["--config", "ezpoint"], ["'ezpoint' is neither a file", "Did you mean 'ezpoints'?"]),
@@ -165,6 +167,7 @@ def test_a_printed_config_is_read_back_equal(capsys, tmp_path):
 def test_every_shipped_config_loads(name):
     config = build_config(TrainConfig, read_config(config_file(name)))
     assert config.num_updates >= 1
+    config.model.check_trained()
     assert build_config(TrainConfig, yaml.safe_load(dump_config(config))) == config
 
 

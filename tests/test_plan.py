@@ -192,6 +192,18 @@ def test_a_recipe_that_does_not_fit_says_what_to_change(capsys):
     assert f"{planned:.1f} GB" in one
 
 
+def test_no_advice_is_to_train_all_weights_in_bfloat16(capsys):
+    """Most of each step would be rounded away."""
+    full = ["plan", "--config", "points24-qwen3-vl-2b", "--gpus", "1x8GB", "--json"]
+    full += ["--model.train", "full", "--model.dtype"]
+    assert main([*full, "float32"]) == 1
+    advice = json.loads(capsys.readouterr().out)["advice"]
+    assert any(text.startswith("model.train=lora: ") for text in advice)
+    assert all("model.train=lora" in text for text in advice if "bfloat16" in text)
+    assert main([*full, "bfloat16"]) == 2
+    assert "model.dtype='bfloat16' cannot be trained" in capsys.readouterr().err
+
+
 def measured_file(path, **parts):
     model = {
         "swap": {"gb_s": 50.0},

@@ -72,6 +72,7 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
             print(dump_config(config), end="")
         return 0
     config.check_world(place.world)
+    config.model.check_trained()
     if config.guidance.kind == "external" and place.rank == 0:
         config.guidance.external.key()  # before there is a run folder
     trackers.chosen(config)

@@ -35,7 +35,8 @@ class ModelConfig:
     lora_dropout: float = 0.0
     """Dropout before the adapters, active in the update only: above 0 the first ratio is not exactly 1."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the model's weights. Log-softmax, critic and merges are float32 always."""
+    """Type of the model's weights. Adapters, log-softmax, critic and merges are float32 always. With `train: full`,
+    `bfloat16` is for playing only: it would round most of a training step away."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     """Attention implementation of `transformers`."""
     device: str = "cpu"
@@ -49,6 +50,20 @@ class ModelConfig:
             raise ConfigError(f"model.lora_dropout={self.lora_dropout} must be in [0, 1)")
         if self.adapter and self.train != "lora":
             raise ConfigError("model.adapter is given, so model.train must be 'lora', got 'full'")
+
+    def check_trained(self) -> None:
+        """Refuse what can be played but hardly trained.
+
+        Raises:
+            ConfigError: the type would round most of each step away.
+        """
+        if (self.train, self.dtype) == ("full", "bfloat16"):
+            raise ConfigError(
+                "model.dtype='bfloat16' cannot be trained with model.train='full': Adam's steps are made on the "
+                "weights themselves, and one below half the distance to the next bfloat16 number (of a weight of "
+                "0.1: 0.0002) is rounded away; set model.dtype to float32, or model.train to lora, whose adapters "
+                "are float32"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

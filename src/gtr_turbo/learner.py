@@ -46,8 +46,9 @@ class Learner:
         """Load the model and make the environments; `begin` or `resume` comes next. `note` tells of outages.
 
         Raises:
-            ConfigError: the ranks have different starting models.
+            ConfigError: the ranks have different starting models, or the model cannot be trained in its type.
         """
+        config.model.check_trained()
         self._config, self._ranks = config, ranks
         self.policy = Policy(
             config.model,

@@ -221,10 +221,11 @@ def train(config: SFTConfig, report: Report) -> Path:
     """Fine-tune and write the model; returns the folder.
 
     Raises:
-        ConfigError: `out` is missing, or an environment has no expert.
+        ConfigError: `out` is missing, an environment has no expert, or the model cannot be trained in its type.
     """
     if config.out is None:
         raise ConfigError("out is missing: give the folder to write the model to (--out DIR)")
+    config.model.check_trained()
     torch.set_num_threads(config.threads)
     out, began = Path(config.out), time.monotonic()
     model = config.model

@@ -140,6 +140,8 @@ def test_a_variant_that_cannot_start_is_told_unless_its_runs_are_finished(
     command = ["compare", "ezpoints", "--seeds", "1", "--out", str(out)]
     assert main([*command, "--trackers", "[wandb]", "--dry-run"]) == 2
     assert "variant base: trackers: wandb is not installed" in capsys.readouterr().err
+    assert main([*command, "--model.dtype", "bfloat16", "--dry-run"]) == 2
+    assert "variant base: model.dtype='bfloat16' cannot be trained" in capsys.readouterr().err
     nothing_evaluated = ["--eval.episodes", "0", "--env.eval_split", "held-in"]
     assert main([*command, *nothing_evaluated, "--dry-run"]) == 0, "no such environment is made"
     lost = ["--guidance.kind", "external", "--guidance.external.key_variable", "NO_SUCH_KEY"]

@@ -255,7 +255,7 @@ def make_jobs(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> l
 
 
 def check_startable(jobs: Sequence[Job]) -> None:
-    """Find what would only stop a run that has begun: an environment's options, a key, a tracker.
+    """Find what would only stop a run that has begun: an environment's options, a type, a key, a tracker.
 
     Raises:
         ConfigError: a run that is not finished cannot start; its variant is named.
@@ -264,6 +264,7 @@ def check_startable(jobs: Sequence[Job]) -> None:
     for variant in {j.variant.label: j.variant for j in jobs if j.state != "finished"}.values():
         config = variant.config
         try:
+            config.model.check_trained()
             if config.guidance.kind == "external":
                 config.guidance.external.key()
             trackers.chosen(config)

@@ -192,8 +192,10 @@ def make_plan(
         prompt_tokens: of a prompt, image included; by default counted in the environment.
 
     Raises:
-        ConfigError: an argument cannot be read, the model is not known here, or the GPUs cannot share the work.
+        ConfigError: an argument cannot be read, the model is not known here or not trained in its type, or the GPUs
+            cannot share the work.
     """
+    config.model.check_trained()
     ranks, size = read_gpus(gpus, config.model.device)
     for key, number in (
         ("env.num_envs", config.env.num_envs),
@@ -271,7 +273,7 @@ def _changes(config: TrainConfig, ranks: int) -> Iterator[tuple[str, TrainConfig
             f"env.num_envs={envs}, rollout.turns_per_env={4 * config.rollout.turns_per_env}",
             fewer,
         )
-    if model.dtype == "float32":
+    if model.dtype == "float32" and model.train == "lora":
         yield "model.dtype=bfloat16", replace(config, model=replace(model, dtype="bfloat16"))
     if model.train == "full":
         yield "model.train=lora", replace(config, model=replace(model, train="lora"))
