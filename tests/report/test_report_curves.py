@@ -56,6 +56,18 @@ def test_a_point_can_be_the_mean_of_the_last_updates_and_the_band_is_of_such_mea
     assert reading(page, "rollout/success") == "12 steps: 0.5 (0.5 to 0.5)"
 
 
+def test_a_metric_that_is_constant_but_for_rounding_is_drawn(opened, tmp_path):
+    run = make_run(tmp_path / "run", updates=20, trajectories=False)
+    with_rows(run, rollout__return=[0.1] * 20)
+    write_report([run], tmp_path / "r.html")
+    page = opened(tmp_path / "r.html").go()
+    page.set_default_timeout(5000)  # a page whose script does not end answers nothing
+    page.select_option("#smooth", "3")  # (0.1 + 0.1 + 0.1) / 3 is 0.10000000000000002
+    assert reading(page, "rollout/return") == "last: 0.1"
+    heights = page.locator('figure[data-metric="rollout/return"] text.tick.end')
+    assert heights.all_text_contents()[:5] == ["0.09", "0.095", "0.1", "0.105", "0.11"]
+
+
 def test_many_recipes_are_told_by_their_means_and_named_once(opened, tmp_path):
     runs = [
         make_run(

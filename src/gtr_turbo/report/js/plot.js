@@ -7,8 +7,9 @@ function ticks(low, high, count) {
   const rough = (high - low) / Math.max(1, count);
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map((n) => n * power).find((size) => size >= rough * 0.999);
+  const first = Math.ceil(low / step - 1e-9), more = Math.floor(high / step + 1e-9) - first;
   const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(Number((i * step).toPrecision(12)));
+  for (let n = 0; n <= more; n++) found.push(Number(((first + n) * step).toPrecision(12))); // first + 1 may be first
   return found;
 }
 
@@ -87,7 +88,7 @@ function extent(lines) {
     for (const y of line.high || line.y) high = Math.max(high, y);
   }
   if (low >= 0 && low < 0.6 * high) low = 0; // far from zero, the axis need not show it
-  if (low === high) {
+  if (high - low <= 1e-9 * Math.max(Math.abs(low), Math.abs(high))) { // alike, but for rounding
     const around = Math.abs(low) * 0.1 || 1;
     return [low - around, high + around];
   }
