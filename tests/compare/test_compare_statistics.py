@@ -145,6 +145,16 @@ def test_the_probability_of_improvement_counts_pairs_and_half_the_ties():
     assert difference(row(1, 2), row(1, 2)).improvement == 0.5
 
 
+def test_rounding_is_no_win():
+    # 0.1 + 0.2 is 4e-17 above 0.3; the third pair is 1e-6 apart, which is one
+    gap = difference(row(0.1 + 0.2, 0.3, 0.5), row(0.3, 0.1 + 0.2, 0.5 - 1e-6))
+    assert (gap.above, gap.below) == (1, 0)
+    # of nine pairs 0.5 is higher in three, 0.3 lower in two, and four are ties
+    assert gap.improvement == pytest.approx((3 + 4 / 2) / 9)
+    large = difference(row(3e9 + 1, 7e9), row(3e9, 8e9))  # 1 in 3e9 is within 1e-9 of it
+    assert (large.above, large.below) == (0, 1)
+
+
 def test_the_probability_of_improvement_is_mann_whitneys():
     stats = pytest.importorskip("scipy.stats")
     x, y = np.random.default_rng(3).integers(0, 6, size=(2, 9)).astype(float)

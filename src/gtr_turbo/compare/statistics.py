@@ -24,6 +24,8 @@ RESAMPLES = 5000
 SEED = 0
 """Of every bootstrap: the same scores give the same interval."""
 LEVEL = 0.95
+TIE = 1e-9
+"""Numbers closer than this (times the larger one, if that is above 1) are the same: float noise is no win."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +159,14 @@ def probability_of_improvement(pairs: Array) -> Array:
         pairs: (..., 2, strata, seeds), X and Y.
     """
     x, y = pairs[..., 0, :, :, None], pairs[..., 1, :, None, :]
-    return np.asarray((np.sign(x - y).mean(axis=(-3, -2, -1)) + 1) / 2)
+    return np.asarray((signs(x, y).mean(axis=(-3, -2, -1)) + 1) / 2)
+
+
+def signs(x: Array, y: Array) -> Array:
+    """1 where x is higher, -1 where y is, 0 where they are the same but for rounding."""
+    gap = x - y
+    near = TIE * np.maximum(1.0, np.maximum(np.abs(x), np.abs(y)))
+    return np.where(np.abs(gap) < near, 0.0, np.sign(gap))
 
 
 def difference(scores: Array, base: Array) -> Difference | None:
@@ -169,15 +178,15 @@ def difference(scores: Array, base: Array) -> Difference | None:
     pairs = pairs[..., ~np.isnan(pairs).any(axis=(0, 1))]
     if not pairs.size:
         return None
-    gaps = pairs[0] - pairs[1]
+    gaps, higher = pairs[0] - pairs[1], signs(pairs[0], pairs[1])
     return Difference(
         seeds=gaps.shape[1],
         pairs=gaps.size,
         mean=float(mean_of_all(gaps)),
         t_interval=student_interval(gaps.mean(axis=0)),
         bootstrap=bootstrap(gaps, mean_of_all),
-        above=int((gaps > 0).sum()),
-        below=int((gaps < 0).sum()),
+        above=int((higher > 0).sum()),
+        below=int((higher < 0).sum()),
         improvement=float(probability_of_improvement(pairs)),
         improvement_bootstrap=bootstrap(pairs, probability_of_improvement),
     )
