@@ -176,3 +176,8 @@ def test_a_target_is_reached_by_a_mean_and_not_by_luck():
     assert first_reach(values, 0.5, 3) == 4  # (0.2 + 0.6 + 0.7) / 3 is 0.5
     assert first_reach(values, 0.75, 3) is None
     assert first_reach([1.0, 1.0], 0.5, 3) is None
+
+
+def test_a_target_that_is_met_exactly_is_reached():
+    assert first_reach([0.95] * 6, 0.95, 3) == 2  # (0.95 + 0.95 + 0.95) / 3 is 0.9499999999999998
+    assert first_reach([0.95 - 1e-6] * 6, 0.95, 3) is None

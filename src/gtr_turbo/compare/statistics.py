@@ -210,9 +210,10 @@ def area(x: Sequence[float], y: Sequence[float], low: float, high: float) -> flo
 def first_reach(y: Sequence[float], target: float, window: int) -> int | None:
     """Index of the first value at which the mean of the last `window` values is at least `target`.
 
-    Fewer values at the beginning are not averaged: a lucky first value is not enough.
+    Fewer values at the beginning are not averaged: a lucky first value is not enough. A mean that rounding puts
+    below the target has reached it.
     """
     for end in range(window, len(y) + 1):
-        if math.fsum(y[end - window : end]) / window >= target:
+        if math.fsum(y[end - window : end]) / window >= target - TIE:
             return end - 1
     return None
