@@ -1,6 +1,7 @@
 """Every number by hand; where scipy has the same, by scipy too."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -139,9 +140,10 @@ def test_no_common_seed_is_no_difference():
 def test_the_probability_of_improvement_counts_pairs_and_half_the_ties():
     # 2 > 1, 2 = 2, 2 < 3; 4 > all: (1 + 1/2 + 0 + 3 + 3) / 9
     x, y = row(2, 4, 4), row(1, 2, 3)
-    assert probability_of_improvement(np.array([[x], [y]])) == pytest.approx((1.5 + 3 + 3) / 9)
+    found, _ = probability_of_improvement(np.array([[x], [y]]))
+    assert found == pytest.approx((1.5 + 3 + 3) / 9)
     # with the strata x against y, and y against x: their mean
-    assert probability_of_improvement(np.array([[x, y], [y, x]])) == pytest.approx(0.5)
+    assert probability_of_improvement(np.array([[x, y], [y, x]]))[0] == pytest.approx(0.5)
     assert difference(row(1, 2), row(1, 2)).improvement == 0.5
 
 
@@ -159,7 +161,27 @@ def test_the_probability_of_improvement_is_mann_whitneys():
     stats = pytest.importorskip("scipy.stats")
     x, y = np.random.default_rng(3).integers(0, 6, size=(2, 9)).astype(float)
     u = stats.mannwhitneyu(x, y).statistic
-    assert probability_of_improvement(np.array([[x], [y]])) == pytest.approx(u / 81)
+    assert probability_of_improvement(np.array([[x], [y]]))[0] == pytest.approx(u / 81)
+
+
+def test_the_interval_of_the_improvement_is_that_of_resampled_seeds():
+    pairs = np.random.default_rng(4).integers(0, 4, size=(2, 3, 6)).astype(float)
+
+    def every_pair(drawn):  # (resamples, 2, strata, seeds)
+        x, y = drawn[:, 0, :, :, None], drawn[:, 1, :, None, :]
+        return (np.sign(x - y).mean(axis=(-3, -2, -1)) + 1) / 2
+
+    _, interval = probability_of_improvement(pairs)
+    assert interval == pytest.approx(bootstrap(pairs, every_pair), rel=1e-12)
+
+
+def test_the_improvement_of_many_seeds_needs_little_memory():
+    x, y = np.random.default_rng(6).integers(0, 9, size=(2, 300)).astype(float)
+    tracemalloc.start()
+    difference(x, y)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200e6  # bytes; a number for every pair of every resample takes 3.6e9
 
 
 def test_the_area_is_the_mean_height_over_the_range():

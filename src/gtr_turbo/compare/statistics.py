@@ -118,9 +118,16 @@ def bootstrap(
     Returns:
         The interval; None if no two resamples differ, as with one seed.
     """
-    seeds = scores.shape[-1]
-    chosen = np.random.default_rng(SEED).integers(seeds, size=(RESAMPLES, seeds))
-    found = statistic(np.moveaxis(scores[..., chosen], -2, 0))
+    chosen = _resamples(scores.shape[-1])
+    return _percentiles(statistic(np.moveaxis(scores[..., chosen], -2, 0)), level)
+
+
+def _resamples(seeds: int) -> NDArray[np.int64]:
+    """(RESAMPLES, seeds), each a draw of all seeds with replacement; the same in every call."""
+    return np.random.default_rng(SEED).integers(seeds, size=(RESAMPLES, seeds))
+
+
+def _percentiles(found: Array, level: float = LEVEL) -> Interval | None:
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return (float(low), float(high)) if np.ptp(found) > 1e-12 else None
 
@@ -152,14 +159,23 @@ def estimate(scores: Array) -> Estimate | None:
     )
 
 
-def probability_of_improvement(pairs: Array) -> Array:
+def probability_of_improvement(pairs: Array) -> tuple[float, Interval | None]:
     """P(X > Y) + P(X = Y) / 2 over all pairs of runs of a stratum, mean over the strata (Mann-Whitney's U / nm).
 
     Args:
-        pairs: (..., 2, strata, seeds), X and Y.
+        pairs: (2, strata, seeds), X and Y.
+
+    Returns:
+        The probability, and its interval by the bootstrap of seeds. All pairs of every resample would not fit into
+        memory; how often it has each seed, (resamples, seeds), is enough.
     """
-    x, y = pairs[..., 0, :, :, None], pairs[..., 1, :, None, :]
-    return np.asarray((signs(x, y).mean(axis=(-3, -2, -1)) + 1) / 2)
+    (_, strata, seeds), chosen = pairs.shape, _resamples(pairs.shape[-1])
+    wins = sum(signs(x[:, None], y) for x, y in zip(*pairs, strict=True))  # (seeds, seeds)
+    times = np.ones((1 + RESAMPLES, seeds))  # the first is all seeds once
+    cells = chosen + seeds * np.arange(RESAMPLES)[:, None]
+    times[1:] = np.bincount(cells.ravel(), minlength=RESAMPLES * seeds).reshape(RESAMPLES, seeds)
+    found = ((times @ wins * times).sum(axis=1) / (strata * seeds**2) + 1) / 2
+    return float(found[0]), _percentiles(found[1:])
 
 
 def signs(x: Array, y: Array) -> Array:
@@ -179,6 +195,7 @@ def difference(scores: Array, base: Array) -> Difference | None:
     if not pairs.size:
         return None
     gaps, higher = pairs[0] - pairs[1], signs(pairs[0], pairs[1])
+    improvement, interval = probability_of_improvement(pairs)
     return Difference(
         seeds=gaps.shape[1],
         pairs=gaps.size,
@@ -187,8 +204,8 @@ def difference(scores: Array, base: Array) -> Difference | None:
         bootstrap=bootstrap(gaps, mean_of_all),
         above=int((higher > 0).sum()),
         below=int((higher < 0).sum()),
-        improvement=float(probability_of_improvement(pairs)),
-        improvement_bootstrap=bootstrap(pairs, probability_of_improvement),
+        improvement=improvement,
+        improvement_bootstrap=interval,
     )
 
 
