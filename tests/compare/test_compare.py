@@ -362,6 +362,27 @@ def test_a_grid_has_the_effect_of_each_setting_over_the_others(capsys, tmp_path)
     assert "effect of guidance.beta" in capsys.readouterr().out
 
 
+def test_a_row_counts_the_runs_that_its_numbers_rest_on(capsys, tmp_path):
+    for kind in ("none", "kl"):
+        for beta in (1, 5):
+            for seed in (0, 1):
+                if (kind, beta, seed) != ("kl", 5, 1):
+                    over = {"guidance": {"kind": kind, "beta": beta}}
+                    folder = tmp_path / f"guidance={kind},beta={beta}" / f"seed{seed}"
+                    finished(folder, seed=seed, over=over)
+    (lacking,) = tmp_path.glob("guidance=none,beta=5/seed0")
+    summary = json.loads((lacking / "summary.json").read_text())
+    del summary["evaluations"]["after/held-out/teacher"]
+    (lacking / "summary.json").write_text(json.dumps(summary))
+    arguments = ["compare", "ezpoints", *VARY, "--vary", "guidance.beta=1,5", "--seeds", "2"]
+    arguments += ["--only-summary", "--out", str(tmp_path), "--episodes", "0"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    effect = text[text.index("effect of guidance.kind") : text.index("effect of guidance.beta")]
+    # seed 0 of none lacks the merge's number, seed 1 of kl a run: each takes two runs with it
+    assert re.findall(r"\d[ \w]* runs", effect) == ["2 to 4 of 4 runs", "2 of 4 runs"]
+
+
 def test_settings_are_written_as_they_are_given(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "80")
     for kind in ("none", "kl"):

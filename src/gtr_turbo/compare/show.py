@@ -93,34 +93,38 @@ def _table(
         lines = [*head.split(), *(line for cell in cells for line in cell.plain.split("\n"))]
         width = max(map(len, lines))
         columns.append(("\n".join(textwrap.wrap(head, width)), width, cells))
+    labels = [f"{result.label}\n{_runs(result, names)}" for result in results]
     while columns:  # numbers are never cut: what does not fit makes another table
-        table, left = _new(title, results), console.width - _label_width(results) - 2
+        table, left = _new(title, labels), console.width - _label_width(labels) - 2
         shown: list[list[Text]] = []
         while columns and (not shown or columns[0][1] + 3 <= left):
             head, width, cells = columns.pop(0)
             left -= width + 3  # a space at each side, and one between
             shown.append(cells)
             table.add_column(head, justify="right", no_wrap=True)
-        for i, result in enumerate(results):
-            label = Text(f"{result.label}\n{_seeds(result)}")
-            table.add_row(label, *(cells[i] for cells in shown))
+        for i, label in enumerate(labels):
+            table.add_row(Text(label), *(cells[i] for cells in shown))
         console.print(table)
 
 
-def _label_width(results: Sequence[VariantResult]) -> int:
-    return min(24, max(len(line) for r in results for line in (r.label, _seeds(r), "variant")))
+def _label_width(labels: Sequence[str]) -> int:
+    lines = [line for label in labels for line in label.split("\n")]
+    return min(24, max(map(len, [*lines, "variant"])))
 
 
-def _new(title: str, results: Sequence[VariantResult]) -> Table:
+def _new(title: str, labels: Sequence[str]) -> Table:
     table = Table(title=Text(title, "bold"), box=SIMPLE_HEAD, show_lines=True, show_edge=False)
-    table.add_column("variant", overflow="fold", min_width=_label_width(results))
+    table.add_column("variant", overflow="fold", min_width=_label_width(labels))
     return table
 
 
-def _seeds(result: VariantResult) -> str:
-    if result.finished < result.planned:
-        return f"{result.finished} of {result.planned} runs"
-    return f"{result.planned} run{'s' * (result.planned > 1)}"
+def _runs(result: VariantResult, names: Sequence[str]) -> str:
+    """On how many runs the estimates of a row rest: a seed that lacks one of its runs is in none of them."""
+    counts = {result.estimates[name].runs for name in names if name in result.estimates} or {0}
+    low, high = min(counts), max(counts)
+    if low == result.planned:
+        return f"{low} run{'s' * (low > 1)}"
+    return f"{low}{f' to {high}' if low < high else ''} of {result.planned} runs"
 
 
 def name_of_best(results: Sequence[VariantResult], name: str, measure: Measure) -> str | None:
@@ -182,7 +186,7 @@ def change(value: float, unit: str, *, short: bool = False) -> str:
 
 def _target(console: Console, comparison: Comparison) -> None:
     title = f"reaching {comparison.target:.0%} ({_target_on(comparison)})"
-    table = _new(title, comparison.variants)
+    table = _new(title, [result.label for result in comparison.variants])
     table.add_column("seeds that reached it", justify="right")
     table.add_column("steps, median", justify="right")
     for row in _reached(comparison.variants):
