@@ -10,7 +10,7 @@ from made_runs import finished
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.cli import main
 from gtr_turbo.compare.plan import examine, idle, make_jobs, make_variants, read_factors, read_seeds
-from gtr_turbo.compare.runner import last_line
+from gtr_turbo.compare.runner import Attempts, last_line
 from gtr_turbo.config import TrainConfig
 from gtr_turbo.settings import build_config, config_file, read_config
 
@@ -270,3 +270,14 @@ def test_the_last_line_of_a_log_is_one_that_says_something(tmp_path):
     assert last_line(log) == "no log"
     log.write_bytes(b"first\n\x1b[31mred\x1b[0m \x07error \xff\xe2\x80\xae\n\x1b[2K\n\n")
     assert last_line(log) == "red error \ufffd"
+
+
+def test_a_line_that_a_crash_cut_does_not_take_the_next_one_with_it(tmp_path):
+    attempts = Attempts(tmp_path / "attempts.jsonl")
+    attempts.call(jobs=1)
+    with open(attempts.path, "a") as file:
+        file.write('{"event": "call", "jo')
+    attempts.call(jobs=2)
+    attempts.call(jobs=3)
+    assert [call["jobs"] for call in attempts.calls()] == [1, 2, 3]
+    assert len(attempts.path.read_text().splitlines()) == 4

@@ -48,8 +48,12 @@ class Attempts:
 
     def _append(self, event: str, more: Mapping[str, Any]) -> None:
         line = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line | dict(more)) + "\n")
+        with open(self.path, "a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a line cut by a crash must not take this one with it
+                    file.write(b"\n")
+            file.write(json.dumps(line | dict(more)).encode() + b"\n")
 
     def calls(self) -> list[dict[str, Any]]:
         """What `call` wrote down: of each command that started runs, when, how, and on what."""
