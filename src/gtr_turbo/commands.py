@@ -336,7 +336,8 @@ def run_compare(options: argparse.Namespace, rest: Sequence[str]) -> int:
     show_comparison(console, found)
     finished = len(found.runs) - len(found.missing)
     print(f"{finished} of {len(found.runs)} runs; tables and report are in {plan.out}")
-    return 1 if failures or not finished else 0
+    complete = finished if options.only_summary else not (failures or found.missing)
+    return 0 if complete else 1
 
 
 def run_plan(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -321,6 +321,15 @@ def test_a_damaged_line_is_skipped_and_told(capsys, made):
     assert "none of them readable" in found["runs"][3]["why"]
 
 
+def test_a_run_that_cannot_be_read_is_no_success_though_it_has_ended(capsys, made):
+    (made / "guidance=kl" / "seed1" / "metrics.jsonl").write_text("nothing of use\n")
+    arguments = ["compare", "ezpoints", *VARY, "--seeds", "3", "--out", str(made)]
+    arguments += ["--episodes", "0"]
+    assert main(arguments) == 1
+    assert "missing: guidance=kl, seed 1: OUT/guidance=kl/seed1/met" in capsys.readouterr().out
+    assert main([*arguments, "--only-summary"]) == 0, "it shows what is there"
+
+
 def test_a_folder_of_another_config_stops_everything(capsys, made):
     finished(made / "guidance=kl" / "seed3", seed=3, over={"ppo": {"clip": 0.1}})
     arguments = ["compare", "ezpoints", *VARY, "--seeds", "4", "--out", str(made)]
