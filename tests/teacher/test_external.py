@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import sys
+import threading
 import time
 from dataclasses import replace
 from fractions import Fraction
@@ -438,6 +439,34 @@ def test_costs_are_added_up_over_all_that_was_sent(turns, tmp_path):
     metrics = asked.metrics()
     assert metrics["external/tokens_in"] == 2000
     assert metrics["external/dollars"] == spent.dollars
+
+
+@pytest.mark.parametrize("digits", [400, 308])
+def test_a_number_of_tokens_that_cannot_be_is_a_bad_answer_and_costs_nothing(
+    turns, tmp_path, digits
+):
+    numbers = (10**digits, 100)
+    absurd, used = ({"usage": {"prompt_tokens": n, "completion_tokens": 5}} for n in numbers)
+    with endpoint(says(ANSWER) | absurd, after=says(ANSWER) | used) as server:
+        asked = corrector(server, tmp_path, budget={"tokens": 10**6, "input_price": 100.0})
+        assert asked.ask(turns[:1], 1) != [None]
+    assert failures(asked) == {"schema": 1}
+    assert asked.ledger.spent.tokens == 105
+    assert asked.ledger.spent.dollars == pytest.approx(100 * 100e-6)
+
+
+def test_a_conversation_that_cannot_be_written_down_is_closed_all_the_same(tmp_path):
+    with endpoint() as server:
+        ledger = corrector(server, tmp_path, budget={"input_price": 1.0}).ledger
+    assert ledger.begin() is None
+    tally = {"calls": 1, "tokens_in": 10**400, "tokens_out": 0, "retries": 0}
+    with pytest.raises(OverflowError):
+        ledger.end("a question", 1, tally, None)
+    opened = []  # one may be open at a time: in a thread, as `begin` waits for one that is
+    thread = threading.Thread(target=lambda: opened.append(ledger.begin()), daemon=True)
+    thread.start()
+    thread.join(5)
+    assert opened == [None]
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])

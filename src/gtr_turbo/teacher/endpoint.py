@@ -27,6 +27,7 @@ FAULTS = (
 )  # fmt: skip
 """All kinds (docs/external.md)."""
 
+MOST_TOKENS = 10**9  # of one request; a report of more is no number to pay by
 LONGEST_QUOTE = 200  # characters of a server's own words
 SHORTEST_KEY = 8  # a shorter one is a placeholder ("none"), and could be part of an innocent word
 
@@ -186,14 +187,21 @@ class Endpoint:
         )
 
     def _count_tokens(self, completion: Any, tally: Counter[str]) -> bool:
-        """Whether the answer says what it used."""
+        """Whether the answer says what it used.
+
+        Raises:
+            AnswerError: `schema`, it says more than can be.
+        """
         usage = completion.get("usage") if isinstance(completion, dict) else None
         usage = usage if isinstance(usage, dict) else {}
-        counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-        if not all(type(count) is int and count >= 0 for count in counts):
+        told = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        counts = [number for number in told if type(number) is int and number >= 0]
+        if len(counts) < len(told):
             return False
-        tally["tokens_in"] += counts[0] or 0
-        tally["tokens_out"] += counts[1] or 0
+        if max(counts) > MOST_TOKENS:
+            raise AnswerError("schema")
+        tally["tokens_in"] += counts[0]
+        tally["tokens_out"] += counts[1]
         return True
 
 

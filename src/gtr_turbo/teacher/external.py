@@ -26,7 +26,7 @@ from gtr_turbo.policy.processing import Processor
 from gtr_turbo.teacher.collection import Memory
 from gtr_turbo.teacher.endpoint import FAULTS, OUTAGES, Endpoint
 from gtr_turbo.teacher.imitation import splice
-from gtr_turbo.teacher.ledger import Cost, Ledger
+from gtr_turbo.teacher.ledger import Ledger
 from gtr_turbo.teacher.messages import (
     AnswerError,
     answer_calls,
@@ -235,10 +235,7 @@ class Corrector:
             self._halt.set()
             raise
         finally:
-            budget, tokens = self._config.budget, (tally["tokens_in"], tally["tokens_out"])
-            dollars = (tokens[0] * budget.input_price + tokens[1] * budget.output_price) / 1e6
-            cost = Cost(tally["calls"], *tokens, dollars)
-            self.ledger.end(key, update, cost, answer, tally["retries"])
+            self.ledger.end(key, update, tally, answer)
             with self._lock:
                 self._counts.update(tally)
 

@@ -148,12 +148,25 @@ class Ledger:
             return allowed
 
     def end(
-        self, question: str, update: int, cost: Cost, answer: Mapping[str, Any] | None, retries: int
+        self, question: str, update: int, tally: Mapping[str, int], answer: Mapping[str, Any] | None
     ) -> None:
-        """Close a conversation and write it down; `retries` of its requests were reserved by `may_retry`."""
-        row = {"question": question, "update": update, "cost": asdict(cost), "answer": answer}
+        """Close a conversation, whatever happens, and write it down.
+
+        Args:
+            question: its hash.
+            update: in which it was asked.
+            tally: its `calls`, `tokens_in` and `tokens_out`, and the `retries` that `may_retry` reserved.
+            answer: what came, if anything.
+        """
         with self._changed:
             try:
+                cost = self._cost(tally)
+                row = {
+                    "question": question,
+                    "update": update,
+                    "cost": asdict(cost),
+                    "answer": answer,
+                }
                 if cost.calls:
                     self._path.parent.mkdir(parents=True, exist_ok=True)
                     with open(self._path, "a", encoding="utf-8") as file:
@@ -163,5 +176,10 @@ class Ledger:
                     self._take(question, cost, answer)
             finally:
                 self._open -= 1
-                self._extra -= retries
+                self._extra -= tally["retries"]
                 self._changed.notify_all()
+
+    def _cost(self, tally: Mapping[str, int]) -> Cost:
+        budget, tokens = self._budget, (tally["tokens_in"], tally["tokens_out"])
+        dollars = (tokens[0] * budget.input_price + tokens[1] * budget.output_price) / 1e6
+        return Cost(tally["calls"], *tokens, dollars)
