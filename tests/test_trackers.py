@@ -32,15 +32,15 @@ class Recorder:
     """A tracker that remembers, and fails at row `fails_at`."""
 
     def __init__(self, fails_at=None):
-        self.rows, self.closed, self._fails_at = [], False, fails_at
+        self.rows, self.closed, self.failed, self._fails_at = [], False, None, fails_at
 
     def write(self, row):
         if len(self.rows) + 1 == self._fails_at:
             raise ConnectionError("no route to host")
         self.rows.append(dict(row))
 
-    def close(self):
-        self.closed = True
+    def close(self, *, failed):
+        self.closed, self.failed = True, failed
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def wandb_records(path):
 
 
 def wandb_files(run):
-    """Each start of a run, from its offline files: (id, name, config, metrics by step)."""
+    """Each start of a run, from its offline files: (id, name, config, metrics by step, exit code)."""
     for path in sorted((run / "wandb").glob("offline-run-*/run-*.wandb")):
         records, deadline = [], time.monotonic() + 120
         while not any(record.HasField("exit") for record in records):
@@ -88,7 +88,8 @@ def wandb_files(run):
             if record.HasField("history")
         }
         config = {item.key: json.loads(item.value_json) for item in about.config.update}
-        yield about.run_id, about.display_name, config, history
+        code = next(record.exit.exit_code for record in records if record.HasField("exit"))
+        yield about.run_id, about.display_name, config, history, code
 
 
 def test_wandb_writes_a_run_that_can_be_read_and_resumes_under_its_id(tmp_path):
@@ -98,8 +99,9 @@ def test_wandb_writes_a_run_that_can_be_read_and_resumes_under_its_id(tmp_path):
     for row, resume in ((ROW, False), (LATER, True)):
         writers = Trackers(config, run, pytest.fail, resume=resume)
         writers.write(row)
-        writers.close()
-    (first, name, stored, history), (again, _, _, later) = wandb_files(run)
+        writers.close(failed=not resume)
+    (first, name, stored, history, code), (again, _, _, later, last_code) = wandb_files(run)
+    assert (code, last_code) == (1, 0)  # the first was interrupted, which is not finished
     assert first == again == json.loads((run / "trackers.json").read_text())["id"]
     assert name == "points-seed7"
     assert stored["seed"] == 7
@@ -223,6 +225,14 @@ def test_a_run_outlives_its_tracker(tiny, tmp_path, two, monkeypatch):
     assert (tmp_path / "summary.json").exists()
 
 
+def test_a_run_that_ends_well_says_so_to_its_trackers(tiny, tmp_path, two, monkeypatch):
+    monkeypatch.setattr("gtr_turbo.collect.generate", scripted)
+    with own_folder(tmp_path):
+        config = settings(tiny, env_steps=4, trackers=("tensorboard",))
+        trainer.train(config, tmp_path, Silent())
+    assert two["tensorboard"].failed is False
+
+
 def test_a_run_that_fails_closes_its_trackers(tiny, tmp_path, two, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError("ours")
@@ -232,6 +242,7 @@ def test_a_run_that_fails_closes_its_trackers(tiny, tmp_path, two, monkeypatch):
     with own_folder(tmp_path), pytest.raises(ZeroDivisionError):
         trainer.train(config, tmp_path, Silent())
     assert two["tensorboard"].closed
+    assert two["tensorboard"].failed is True
 
 
 def test_one_that_does_not_start_closes_those_before_it(tmp_path, two, monkeypatch):

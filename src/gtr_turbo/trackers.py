@@ -28,8 +28,8 @@ class Writer(Protocol):
         """Write one row; `update` and `env_steps` are among its keys."""
         ...
 
-    def close(self) -> None:
-        """Flush."""
+    def close(self, *, failed: bool) -> None:
+        """Flush; `failed` tells that the run ends by an error or an interrupt."""
         ...
 
 
@@ -47,7 +47,7 @@ class TensorBoardWriter:
             self._writer.add_scalar(name, number, int(row["env_steps"]))
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         """Flush and close."""
         self._writer.close()
 
@@ -78,9 +78,9 @@ class WandbWriter:
         """One step, at the number of environment steps."""
         self._run.log(_metrics(row), step=int(row["env_steps"]))
 
-    def close(self) -> None:
-        """Send what is left."""
-        self._run.finish()
+    def close(self, *, failed: bool) -> None:
+        """Send what is left, and whether the run is finished or failed."""
+        self._run.finish(exit_code=int(failed))
 
 
 class TrackioWriter:
@@ -103,7 +103,7 @@ class TrackioWriter:
         """One step, at the number of environment steps."""
         self._run.log(_metrics(row), step=int(row["env_steps"]))
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         """Write what is left."""
         self._run.finish()
 
@@ -191,7 +191,7 @@ class Trackers:
             try:
                 self._writers[name] = WRITERS[name](config, run, identity, resume)
             except Exception as error:
-                self.close()
+                self.close(failed=True)
                 raise ConfigError(
                     f"trackers: {name} did not start: {type(error).__name__}: {error}. Its account and address are "
                     "set by its environment variables (WANDB_MODE=offline needs none), or take it off the list"
@@ -202,10 +202,10 @@ class Trackers:
         for name, writer in list(self._writers.items()):
             self._guard(name, functools.partial(writer.write, row))
 
-    def close(self) -> None:
-        """Flush all that are left."""
+    def close(self, *, failed: bool = False) -> None:
+        """Flush all that are left, and tell them if the run ends by an error or an interrupt."""
         for name, writer in list(self._writers.items()):
-            self._guard(name, writer.close)
+            self._guard(name, functools.partial(writer.close, failed=failed))
         self._writers.clear()
 
     def _guard(self, name: str, act: Callable[[], None]) -> None:

@@ -104,9 +104,14 @@ def train(
     tracked = config if ranks.first else replace(config, trackers=())
     trackers = Trackers(tracked, run, view.noted, resume=resume)
     try:
-        return _train(config, run, view, learner, state, trackers, spent)
-    finally:
+        summary = _train(config, run, view, learner, state, trackers, spent)
+    except BaseException:
+        trackers.close(failed=True)
+        raise
+    else:
         trackers.close()
+        return summary
+    finally:
         learner.close()
 
 
