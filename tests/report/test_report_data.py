@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import zlib
 
 import pytest
 from PIL import Image
@@ -277,6 +278,7 @@ def test_frames_missing_damaged_or_outside_the_run_are_said_and_never_read(tmp_p
         2: "../../secret.png",
         3: str(secret),
         4: "a\0b",
+        6: "frames/odd.png",
     }
 
     def change(line):
@@ -284,7 +286,11 @@ def test_frames_missing_damaged_or_outside_the_run_are_said_and_never_read(tmp_p
 
     folder = make_run(tmp_path / "run", change=lambda line: line)
     (folder / "trajectories" / "frames" / "bad.png").write_bytes(frame(1)[:60])
-    lines = [change(turn(0, episode, step)) for episode in range(6) for step in (0, 1)]
+    # a chunk of a colour profile without a profile: Pillow raises IndexError
+    profile = bytes(4) + b"iCCP" + zlib.crc32(b"iCCP").to_bytes(4)
+    odd = frame(1)[:-12] + profile + frame(1)[-12:]
+    (folder / "trajectories" / "frames" / "odd.png").write_bytes(odd)
+    lines = [change(turn(0, episode, step)) for episode in range(7) for step in (0, 1)]
     for path in (folder / "trajectories").glob("*.jsonl"):
         path.unlink()
     write_lines(folder / "trajectories" / "000001.jsonl", lines)
@@ -297,8 +303,9 @@ def test_frames_missing_damaged_or_outside_the_run_are_said_and_never_read(tmp_p
         3: "no frame was stored",
         4: "no frame was stored",
         5: 0,
+        6: "odd.png is not a readable PNG",
     }
-    assert any("2 stored frame(s) missing or damaged" in warning for warning in info.warnings)
+    assert any("3 stored frame(s) missing or damaged" in warning for warning in info.warnings)
 
 
 # errors
