@@ -374,6 +374,15 @@ def test_damaged_lines_are_skipped_counted_and_shown(tmp_path):
     assert (data["episodes"][0]["outcome"], len(data["episodes"][0]["turns"])) == ("unfinished", 1)
 
 
+@pytest.mark.parametrize("text", ["a: &a [*a]", "a: &a {b: *a}", "a: 2026-13-45", "a: \xff"])
+def test_a_config_that_cannot_be_shown_is_said_and_the_rest_is_shown(tmp_path, text):
+    run = make_run(tmp_path / "run", updates=1)
+    (run / "config.yaml").write_bytes(text.encode("latin-1"))
+    (warning,) = write_report([run], tmp_path / "r.html", episodes=0).warnings
+    assert warning.startswith("run/config.yaml cannot be read as YAML (")
+    assert data_of(tmp_path / "r.html")["curves"]["runs"][0]["updates"] == [1]
+
+
 def test_a_run_without_config_or_summary_or_trajectories_still_has_curves(tmp_path):
     run = make_run(tmp_path / "run", trajectories=False)
     (run / "config.yaml").unlink()

@@ -211,7 +211,8 @@ def _config(path: Path, label: str, warnings: list[str]) -> dict[str, Any]:
         return {}
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        json.dumps(config, default=str, skipkeys=True)  # by an anchor, a setting can hold itself
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         warnings.append(f"{label}/config.yaml cannot be read as YAML ({first}): no settings shown")
         return {}
