@@ -86,10 +86,9 @@ class Learner:
         ranks.agree("starting models (model.path)", [self._start_print, critic])
         self.teacher_age = 0
 
-    @property
-    def stopped(self) -> str | None:
-        """Why there can be no further update, if so."""
-        return self._corrector.stopped if self._corrector else None
+    def stops_before(self, update: int) -> str | None:
+        """Why there can be no such update, if so; all ranks must call it."""
+        return self._corrector.stops_before(update) if self._corrector else None
 
     def begin(self) -> dict[str, Any]:
         """The start of a run: the first episodes, and the starting model as teacher. No state is known yet."""

@@ -125,6 +125,9 @@ def _train(
     spent: Spent,
 ) -> dict[str, Any]:
     """The loop itself."""
+    start = state.get("update", 0)
+    if start < config.num_updates and (why := learner.stops_before(start + 1)):
+        raise TrainingError(f"stopped before update {start + 1}: {why}")
     # a resumed agent has been trained: what was not evaluated before, never is
     evaluations: dict[str, Any] = (
         state["evaluations"]
@@ -133,7 +136,6 @@ def _train(
     )
     ranks = learner.policy.ranks
     spent.before(state.get("seconds", 0.0), state.get("cpu_seconds", 0.0) / ranks.world)
-    start = state.get("update", 0)
     if ranks.first:
         (run / "summary.json").unlink(missing_ok=True)  # of a shorter run that goes on
         metrics_file = JsonlWriter(run / "metrics.jsonl", keep_until=start)
@@ -171,7 +173,8 @@ def _train(
             trajectories.write(iteration + 1, turns, columns)
         view.updated(row)
         last = iteration + 1 == config.num_updates
-        if (iteration + 1) % config.save.interval == 0 or last or learner.stopped:
+        stopped = None if last else learner.stops_before(iteration + 2)
+        if (iteration + 1) % config.save.interval == 0 or last or stopped:
             learner.save(
                 run,
                 update=iteration + 1,
@@ -179,10 +182,10 @@ def _train(
                 cpu_seconds=row["system/cpu_seconds"],
                 evaluations=evaluations,
             )
-        if learner.stopped and not last:
+        if stopped:
             # by now the checkpoint is written: torchrun ends the first rank when another one ends
             ranks.total(0)
-            raise TrainingError(f"stopped after update {iteration + 1}: {learner.stopped}")
+            raise TrainingError(f"stopped after update {iteration + 1}: {stopped}")
     evaluations = _evaluate(learner, config, view, "after", evaluations)
     peak = ranks.largest(peak_rss_mb())
     return _summary(config, run, evaluations, spent.seconds, peak) if ranks.first else {}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from gtr_turbo.checkpoint import folders, own_folder
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.cli import main
-from gtr_turbo.config import PPOConfig, SamplingConfig
+from gtr_turbo.config import PPOConfig, SamplingConfig, SaveConfig
 from gtr_turbo.learning.update import TrainingError
 from gtr_turbo.teacher.collection import Memory
 from gtr_turbo.teacher.imitation import imitation_loss
@@ -122,13 +122,41 @@ def test_a_spent_budget_stops_with_a_checkpoint_and_a_higher_one_goes_on(tiny, t
         assert folders(tmp_path)[-1].name == "000001"
         assert len(json.loads(line_of(tmp_path, 0))["answer"]["thought"]) == 3
         assert rows_of(tmp_path)[0]["imitation/collected"] >= 2  # what came is learned from
-        # not raised, it spends nothing and stops again
-        with pytest.raises(TrainingError, match="after update 2"):
-            run(replace_budget(config, 2), tmp_path, resume=True)
+        # not raised, it trains nothing without corrections, however often it is tried
+        for _ in range(2):
+            with pytest.raises(TrainingError, match=r"before update 2: .*budget\.calls=2"):
+                run(replace_budget(config, 2), tmp_path, resume=True)
         assert len(server.requests) == 2
+        assert (folders(tmp_path)[-1].name, len(rows_of(tmp_path))) == ("000001", 1)
         rows = run(replace_budget(config, 1000), tmp_path, resume=True)
-    assert [row["update"] for row in rows] == [3]
-    assert rows[0]["external/calls_so_far"] == 2 + rows[0]["external/calls"] == len(server.requests)
+    assert [row["update"] for row in rows] == [2, 3]
+    assert rows[0]["external/calls_so_far"] == 2 + rows[0]["external/calls"]
+    assert rows[1]["external/calls_so_far"] == len(server.requests)
+
+
+def test_a_budget_that_an_update_uses_up_stops_before_the_next(tiny, tmp_path):
+    with endpoint() as server:
+        config = config_of(server, tiny, updates=3, groups={"save": SaveConfig(interval=3)})
+        (row,) = run(replace(config, env_steps=4), tmp_path / "one")
+        just = replace_budget(config, int(row["external/calls"]))
+        with pytest.raises(TrainingError, match=r"after update 1: .* is spent"):
+            run(just, tmp_path / "three")
+        # for the last update it is enough
+        assert run(replace(just, env_steps=4), tmp_path / "last")[0]["external/skipped"] == 0
+    assert folders(tmp_path / "three")[-1].name == "000001"  # though none was due
+
+
+def test_answers_that_are_there_are_learned_again_though_the_budget_is_spent(tiny, tmp_path):
+    with endpoint() as server:
+        groups = {"save": SaveConfig(interval=4)}
+        config = config_of(server, tiny, updates=4, groups=groups)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, tmp_path, Interrupting())  # in the third update, and there is no checkpoint
+        calls = len(server.requests)
+        with pytest.raises(TrainingError, match="after update 3"):
+            run(replace_budget(config, calls), tmp_path)
+        assert len(server.requests) == calls
+    assert [row["external/skipped"] for row in rows_of(tmp_path)] == [0, 0, 0]
 
 
 def line_of(folder, number):

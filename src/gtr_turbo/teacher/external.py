@@ -110,6 +110,16 @@ class Corrector:
 
     # -- an update -----------------------------------------------------------------------------
 
+    def stops_before(self, update: int) -> str | None:
+        """Why an update must not begin, if so: among other reasons, that the budget has nothing left for it.
+
+        One that was asked about before may be repeated, as its answers are there. All ranks must call it.
+        """
+        if self._ranks.first and update > self.ledger.update and (short := self.ledger.short()):
+            self._stop(short)
+        self.stopped = self._ranks.from_first(self.stopped)
+        return self.stopped
+
     def ask(self, turns: Sequence[Turn], update: int) -> list[Mapping[str, Any] | None]:
         """Answers about valid turns, None where there is none; equal questions are asked once a run.
 

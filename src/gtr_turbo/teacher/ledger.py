@@ -44,6 +44,7 @@ class Ledger:
     Attributes:
         answers: by the hash of the question.
         spent: by the whole run, resumed parts included.
+        update: the newest in which something was asked.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Ledger:
         self._calls_each, self._open_at_once = calls_each, open_at_once
         self.answers: dict[str, Mapping[str, Any]] = {}
         self.spent = Cost()
+        self.update = 0
         self._most_tokens, self._most_dollars = 0, 0.0
         self._open, self._extra = 0, 0
         self._changed = threading.Condition()
@@ -89,15 +91,18 @@ class Ledger:
                     wrong := problem(answer, self._schema)
                 ):
                     raise ValueError(wrong)
-                self._take(row["question"], Cost(**row["cost"]), answer)
+                self._take(row["question"], row["update"], Cost(**row["cost"]), answer)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ConfigError(
                     f"{self._path}, line {number}, is damaged ({error!r}); remove the line to pay for its "
                     "answer again"
                 ) from error
 
-    def _take(self, question: str, cost: Cost, answer: Mapping[str, Any] | None) -> None:
+    def _take(
+        self, question: str, update: int, cost: Cost, answer: Mapping[str, Any] | None
+    ) -> None:
         self.spent += cost
+        self.update = max(self.update, update)
         self._most_tokens = max(self._most_tokens, cost.tokens)
         self._most_dollars = max(self._most_dollars, cost.dollars)
         if answer is not None:
@@ -114,7 +119,7 @@ class Ledger:
         """
         with self._changed:
             while True:
-                short = self._short()
+                short = self.short()
                 if short is None and self._open < self._open_at_once:
                     self._open += 1
                     return None
@@ -122,7 +127,8 @@ class Ledger:
                     return short
                 self._changed.wait()
 
-    def _short(self) -> str | None:
+    def short(self) -> str | None:
+        """Why one more conversation cannot be opened now, if so; if none is open, which budget is spent."""
         budget, ahead = self._budget, self._open + 1
         if (budget.tokens or budget.dollars) and not self._most_tokens and self._open:
             return "the first price is not known yet"
@@ -135,7 +141,8 @@ class Ledger:
             if limit and (spent + ahead * each > limit or spent >= limit):
                 return (
                     f"guidance.external.budget.{name}={limit} is spent: {spent:.6g} so far, and one more turn "
-                    f"may take {each:.6g}. Go on with --resume and a higher one; every answer is kept"
+                    f"may take {each:.6g}. Go on with --resume (without it, if there is no checkpoint yet) and a "
+                    "higher one; every answer is kept"
                 )
         return None
 
@@ -173,7 +180,7 @@ class Ledger:
                         file.write(json.dumps(row) + "\n")
                         file.flush()
                         os.fsync(file.fileno())
-                    self._take(question, cost, answer)
+                    self._take(question, update, cost, answer)
             finally:
                 self._open -= 1
                 self._extra -= tally["retries"]
