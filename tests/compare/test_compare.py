@@ -121,9 +121,11 @@ def test_an_interrupted_comparison_stops_its_runs_and_goes_on_where_they_were(
     )  # it was seen to end: nothing is left running
     assert not (run / "summary.json").exists()
     capsys.readouterr()
-    assert main([*command, "--trackers", "[]"]) == 0
+    assert main([*command, "--trackers", "[]", "--save.keep", "3"]) == 0
     assert "goes on after update" in capsys.readouterr().out
-    assert yaml.safe_load((run / "config.yaml").read_text())["trackers"] == []
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["trackers"], config["save"]["keep"]) == ([], 3)
+    assert len(list((run / "checkpoints").glob("0*"))) == 3
     assert [row["update"] for row in lines(run / "metrics.jsonl")] == list(range(1, 21))
     events = lines(out / "attempts.jsonl")
     hows = [line.get("how") for line in events if line["event"] != "call"]

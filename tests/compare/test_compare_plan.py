@@ -9,10 +9,25 @@ from made_runs import finished
 
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.cli import main
-from gtr_turbo.compare.plan import examine, idle, make_jobs, make_variants, read_factors, read_seeds
+from gtr_turbo.compare.plan import (
+    arguments,
+    examine,
+    idle,
+    make_jobs,
+    make_variants,
+    read_factors,
+    read_seeds,
+)
 from gtr_turbo.compare.runner import Attempts, last_line
 from gtr_turbo.config import TrainConfig
-from gtr_turbo.settings import build_config, config_file, read_config
+from gtr_turbo.settings import (
+    build_config,
+    config_file,
+    read_config,
+    read_overrides,
+    with_overrides,
+)
+from gtr_turbo.teaching_config import BudgetConfig, ExternalConfig
 
 
 def variants(*vary, over=None):
@@ -182,17 +197,47 @@ def test_a_folder_with_another_run_is_refused_by_name(tmp_path, recipe):
 def test_settings_of_a_guidance_that_is_not_in_use_make_no_other_run(tmp_path, recipe):
     run = finished(tmp_path / "run")
     guidance = recipe.guidance
-    elsewhere = replace(guidance.external, base_url="http://127.0.0.1:9/v1")
+    elsewhere = replace(guidance.external, model="another")
     more = replace(guidance.imitation, samples=7)
     assert guidance.kind == "kl"
     unread = replace(guidance, external=elsewhere, imitation=more)
     assert examine(run, replace(recipe, guidance=unread))[0] == "finished"
-    for kind, name in (("sft", "imitation.samples"), ("external", "external.base_url")):
+    for kind, name in (("sft", "imitation.samples"), ("external", "external.model")):
         settings = {"guidance": {"kind": kind, "external": {"key_variable": None}}}
         one = finished(tmp_path / kind, over=settings)
         used = replace(unread, kind=kind, external=replace(elsewhere, key_variable=None))
         with pytest.raises(ConfigError, match=rf"guidance\.{name} is "):
             examine(one, replace(recipe, guidance=used))
+
+
+def test_a_run_goes_on_with_another_way_to_its_corrector_and_a_higher_budget(tmp_path, recipe):
+    old = {"kind": "external", "external": {"key_variable": None, "budget": {"calls": 20}}}
+    run = finished(tmp_path / "run", over={"guidance": old})
+    new = ExternalConfig(
+        base_url="http://127.0.0.1:9/v1",
+        key_variable="SOME_KEY",
+        timeout_s=7.5,
+        retries=1,
+        backoff_s=0.5,
+        concurrency=3,
+        outage="wait",
+        wait_s=60.0,
+        budget=BudgetConfig(calls=40, dollars=1.5, input_price=2.0),
+    )
+    guidance = replace(recipe.guidance, kind="external", external=new)
+    wanted = replace(recipe, guidance=guidance, save=replace(recipe.save, keep=9), trackers=())
+    assert examine(run, wanted) == ("finished", 0)
+    settings = with_overrides(
+        read_config(run / "config.yaml"), read_overrides(arguments(wanted))
+    )  # as `train --resume` does
+    assert build_config(TrainConfig, settings) == replace(wanted, run=str(run))
+    for changed in (replace(new, share=0.5), replace(new, temperature=None)):
+        with pytest.raises(ConfigError, match=r"guidance\.external\.(share|temperature) is"):
+            examine(run, replace(wanted, guidance=replace(guidance, external=changed)))
+
+
+def test_what_a_run_does_not_use_is_not_changed_when_it_goes_on(recipe):
+    assert arguments(recipe) == ["--trackers", '"auto"', "--save.keep", "2"]
 
 
 def test_a_config_of_another_version_is_refused_by_name(tmp_path, recipe):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -24,8 +26,13 @@ from gtr_turbo.settings import (
     with_overrides,
 )
 
-FREE = ("run", "threads", "trackers")
-"""Settings that do not change what a run computes: a stored run may differ in them."""
+ENDPOINT = (
+    "base_url", "key_variable", "timeout_s", "retries", "backoff_s", "concurrency", "outage", "wait_s", "budget",
+)  # fmt: skip
+"""Of `guidance.external`, how the corrector is reached and paid; what it is asked are the others."""
+
+FREE = ("run", "threads", "trackers", "save.keep", *(f"guidance.external.{n}" for n in ENDPOINT))
+"""Settings that do not change what is to be computed: a stored run may have others, and goes on with new ones."""
 
 RETIRED = ("tensorboard",)
 """Settings of former versions that did not either: a finished run may have them, `train --resume` refuses them."""
@@ -340,6 +347,17 @@ def _in_use(config: TrainConfig) -> dict[str, Any]:
         if config.guidance.kind != "sft":
             del guidance["imitation"]
     return settings
+
+
+def arguments(config: TrainConfig) -> list[str]:
+    """`--KEY VALUE` of the FREE settings in use, for `train --resume`; folder and threads are each run's own."""
+    settings = _in_use(config)
+    found = []
+    for key in FREE:
+        if key not in ("run", "threads") and _given(settings, key):
+            value = functools.reduce(operator.getitem, key.split("."), settings)
+            found += [f"--{key}", json.dumps(value)]
+    return found
 
 
 def different(stored: Mapping[str, Any], wanted: Mapping[str, Any], above: str = "") -> list[str]:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gtr_turbo.compare.plan import Job
+from gtr_turbo.compare.plan import Job, arguments
 from gtr_turbo.report.page import write_whole
 from gtr_turbo.settings import dump_config
 
@@ -108,9 +108,7 @@ class Runner:
         write_whole(recipe, dump_config(job.variant.config).encode())
         source = ["--config", str(recipe), "--seed", str(job.seed)]
         if job.state == "unfinished":
-            source = ["--resume"]
-        trackers = job.variant.config.trackers
-        source += ["--trackers", trackers if trackers == "auto" else json.dumps(trackers)]
+            source = ["--resume", *arguments(job.variant.config)]
         command = [sys.executable, "-m", "gtr_turbo", "train", *source, "--run", str(job.folder)]
         with open(job.log, "ab") as log:
             process = subprocess.Popen(
