@@ -136,3 +136,12 @@ def test_a_link_leads_somewhere(page):
             heads = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
             assert anchor in slugs, target
+
+
+def test_the_page_of_settings_is_made_of_the_declarations(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import make_settings
+
+    assert make_settings.page() == make_settings.PAGE.read_text(encoding="utf-8"), (
+        "python docs/make_settings.py"
+    )
