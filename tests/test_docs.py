@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:\w+=\w+ )*(?:gtr-turbo|torchrun)\s[^`]+)`")
-CALL = re.compile(r"(?:gtr-turbo|-m -- gtr_turbo) ((?:train|compare|sft|plan)\b.*)")
+CALL = re.compile(r"(?:gtr-turbo|-m -- +gtr_turbo) ((?:train|compare|sft|plan)\b.*)")
 FORMS = {"NAME", "N", "CONFIG"}
 """With one of these words for a value it is no command but the form of one."""
 FILES = ("mine.yaml", "runs/mine/config.yaml", "DIR/config.yaml")
