@@ -4,7 +4,7 @@ import pytest
 
 from gtr_turbo.config import TrainConfig
 from gtr_turbo.envs import check_env, make_env
-from gtr_turbo.settings import build_config, config_file, read_config
+from gtr_turbo.settings import build_config, config_file, config_names, read_config
 
 MODELS = {
     "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
@@ -54,3 +54,10 @@ def test_a_published_recipe_holds_the_published_settings(task, model):
     assert (config.env.train_split, config.env.eval_split) == ("train", "held-out")
     for split in ("train", "held-out"):
         check_env(make_env(config.env.id, **config.env.options, split=split), episodes=1)
+
+
+@pytest.mark.parametrize("name", [name for name in config_names() if "-vl-" in name])
+def test_a_run_of_hours_is_kept_every_hour(name):
+    """By `gtr-turbo plan` an update takes 7 to 23 minutes of Points24 and up to 45 of ALFWorld."""
+    config = build_config(TrainConfig, read_config(config_file(name)))
+    assert config.save.interval == (1 if name.startswith("alfworld") else 2)
