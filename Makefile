@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # on machines without a GPU, one thread per process keeps tests from disturbing each other
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: train test test-trackio test-alfworld test-vllm check lint types format clean
+.PHONY: install train test test-trackio test-alfworld test-vllm check lint types format clean
 
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -18,6 +18,8 @@ $(VENV)/.runs: pyproject.toml constraints.txt
 $(VENV)/.installed: $(VENV)/.runs
 	$(PIP) --editable '.[dev]'
 	touch $@
+
+install: $(VENV)/.runs  ## what a run needs, into .venv
 
 train: $(VENV)/.runs  ## the main job: EZPoints, tiny model, CPU
 	$(BIN)/gtr-turbo train $(ARGS)
