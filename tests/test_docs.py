@@ -118,6 +118,11 @@ def test_an_example_recipe_has_an_environment_that_keeps_the_contract(file, read
     check_env(make_env(config.env.id, **config.env.options))
 
 
+@pytest.mark.parametrize("case", blocks("python"), ids=lambda case: case[0])
+def test_python_of_the_pages_compiles(case):
+    compile(case[1], case[0], "exec")
+
+
 def test_the_pages_show_the_files_they_name():
     shown = {text for _, text in blocks("yaml")}
     assert (ROOT / "examples" / "lake.yaml").read_text() in shown
