@@ -284,9 +284,26 @@ def test_eval_for_people_and_its_refusals(capsys, finished, tiny):
     )
     check_fails(capsys, ["eval", str(tiny), "--episodes", "0"], "--episodes 0 must be at least 1")
     check_fails(capsys, ["eval", str(tiny), "--nonsense", "1"], "unknown argument '--nonsense'")
-    check_fails(capsys, ["eval", str(tiny), "--option", "prompt"], "must be NAME=VALUE")
-    check_fails(capsys, ["eval", str(tiny), "--option", "colour=red"], "does not take the options")
-    check_fails(capsys, ["eval", str(tiny), "--split", "odd", "--episodes", "1"], "split")
+    of = ["eval", str(tiny), "--env", "EZPoints"]
+    check_fails(capsys, [*of, "--option", "prompt"], "must be NAME=VALUE")
+    check_fails(capsys, [*of, "--option", "colour=red"], "does not take the options")
+    check_fails(capsys, [*of, "--split", "odd", "--episodes", "1"], "split")
+
+
+def test_the_teacher_of_a_run_whose_settings_are_for_adapters_is_evaluated(finished, tmp_path):
+    """Full weights, as every teacher is: `rollout.engine: vllm` and a history of factors would be refused."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["model"]["train"] = "lora"
+    settings["rollout"]["engine"], settings["teacher"]["history"] = "vllm", "factors"
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["eval", str(run), "--which", "teacher", "--episodes", "1"]) == 0
+
+
+@pytest.mark.parametrize("command", ["eval", "play"])
+def test_weights_alone_are_not_played_as_something_they_may_not_know(capsys, tiny, command):
+    check_fails(capsys, [command, str(tiny)], "no settings beside its weights", "--config", "--env")
 
 
 def test_play_shows_turns_and_saves_frames(capsys, finished, tmp_path):

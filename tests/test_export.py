@@ -15,7 +15,12 @@ from tiny import make_policy, observations, perturb
 
 SMALL = {
     "model": {"attention": "eager"},
-    "env": {"num_envs": 2, "options": {"prompt": "compact"}},
+    "env": {
+        "id": "NumberLine",
+        "num_envs": 2,
+        "options": {"prompt": "compact"},
+        "eval_split": "held-out",
+    },
     "sampling": {"max_new_tokens": 4},
     "rollout": {"turns_per_env": 2},
     "ppo": {"minibatch_turns": 4, "microbatch_turns": 4, "epochs": 1},
@@ -149,6 +154,37 @@ def test_a_run_with_adapters_exports_its_newest_student_and_its_teacher(lora_run
     assert torch.equal(logits(stock(teacher), tiny), logits(stock(saved / "teacher"), tiny))
     for folder, words in ((student, "A vision-language agent"), (teacher, "The teacher")):
         assert words in (folder / "README.md").read_text()
+
+
+def test_an_export_is_played_as_its_run_was(capsys, lora_run, full_run, tmp_path):
+    """The same replies to the same deals, without a word about environment, prompt or sampling."""
+    for run in (lora_run, full_run):
+        out, found = tmp_path / run.parent.name, []
+        assert main(["export", str(run), "--out", str(out)]) == 0
+        for agent in (run, out):
+            capsys.readouterr()
+            assert main(["eval", str(agent), "--episodes", "3", "--json"]) == 0
+            found.append(json.loads(capsys.readouterr().out))
+        assert found[0] == found[1]
+        assert (found[1]["env"], found[1]["split"]) == ("NumberLine", "held-out")
+        assert yaml.safe_load((out / "recipe.yaml").read_text())["sampling"]["max_new_tokens"] == 4
+
+
+def test_of_weights_without_a_run_the_recipe_beside_them_goes_along(adapter, tmp_path):
+    started = named(adapter, tmp_path / "started")
+    (started / "recipe.yaml").write_text("env: {id: NumberLine}\n")
+    assert main(["export", str(started), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "recipe.yaml").read_text() == "env: {id: NumberLine}\n"
+
+
+def test_an_exported_recipe_names_no_folder_of_this_machine(full_run, tmp_path):
+    moved, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(full_run, moved)
+    settings = yaml.safe_load((moved / "config.yaml").read_text())
+    settings["env"]["options"]["games"] = "/home/me/games"
+    (moved / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["export", str(moved), "--out", str(out)]) == 0
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["env"]["options"]["games"] == "games"
 
 
 def fails(capsys, arguments, *parts):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def stored_settings(path: Path, which: str) -> dict[str, Any]:
-    """Settings that lie beside an agent: of its run, or the `recipe.yaml` that `sft` writes.
+    """Settings that lie beside an agent: of its run, or the `recipe.yaml` that `sft` and `export` write.
 
     Raises:
         ConfigError: `which` is not there.
@@ -35,6 +35,8 @@ def stored_settings(path: Path, which: str) -> dict[str, Any]:
             model["adapter"] = str(saved[-1] / "student")
         else:
             model |= {"path": str(saved[-1] / which), "train": "full", "adapter": None}
+            for group, name in (("rollout", "engine"), ("teacher", "history")):
+                settings.get(group, {}).pop(name, None)  # may be for adapters only
         return settings
     if which == "teacher":
         raise ConfigError(f"{path} is no run folder, so it has no teacher; drop --which teacher")
@@ -95,6 +97,12 @@ def agent_of(options: argparse.Namespace) -> tuple[Policy | None, TrainConfig]:
         options.env, options.agent = options.agent, None
     if options.agent:
         settings = stored_settings(Path(options.agent), options.which)
+        if "env" not in settings and not (options.config or options.env):
+            raise ConfigError(
+                f"{options.agent} has no settings beside its weights (the config.yaml of a run, the recipe.yaml of "
+                "sft and export), so what it plays and how it is asked are not known: give the recipe it had "
+                "(--config NAME_OR_FILE), or an environment (--env ID)"
+            )
     elif not (options.env or options.config):
         raise ConfigError(f"{options.command} needs a run, a model or an environment; see --help")
     elif options.greedy or options.which != "student":

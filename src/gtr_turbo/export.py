@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from gtr_turbo import checkpoint
-from gtr_turbo.card import is_hub_name, model_card
+from gtr_turbo.card import is_hub_name, model_card, without_paths
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.merging import Report, merge
 from gtr_turbo.merging.lora import is_adapter
@@ -124,6 +126,8 @@ def export(
 ) -> Report:
     """Write full weights, sharded, with config, tokenizer, processor, chat template and model card.
 
+    Of a run, its environment and sampling go along too, as `recipe.yaml`, which `eval` and `play` read.
+
     Args:
         path: a run, an adapter, or a model folder.
         out: folder to make.
@@ -170,7 +174,20 @@ def export(
         summary=source.summary,
     )
     checkpoint.write_atomically(out / "README.md", text)
+    if source.settings is not None:
+        checkpoint.write_atomically(out / "recipe.yaml", _recipe(source.settings))
+    elif (source.weights / "recipe.yaml").is_file():  # of an adapter that `sft` made
+        found = (source.weights / "recipe.yaml").read_text(encoding="utf-8")
+        checkpoint.write_atomically(out / "recipe.yaml", found)
     return report
+
+
+def _recipe(settings: dict[str, Any]) -> str:
+    """Of a run's settings, what `eval` and `play` need to know; as in the card, a path is cut to its last part."""
+    model = {name: settings["model"][name] for name in ("attention", "dtype", "device")}
+    env = {name: value for name, value in settings["env"].items() if name != "num_envs"}
+    kept = {"env": env, "sampling": settings["sampling"], "model": model}
+    return yaml.safe_dump(without_paths(kept), sort_keys=False, allow_unicode=True)
 
 
 def _same_base(base: str, source: Source) -> None:
