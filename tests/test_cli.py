@@ -194,6 +194,37 @@ def test_a_missing_model_is_told(capsys, small, tmp_path):
     check_fails(capsys, ["eval", "./nowhere", "--episodes", "1"], "model.path", "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        (["--model.device", "gpu"], ["model.device='gpu'", "Give cpu, or cuda", "doctor"]),
+        (["--model.device", "cuda:99"], ["model.device='cuda:99'", "Give cpu, or cuda", "doctor"]),
+        (["--model.train", "lora", "--model.adapter", "nosuch"],
+         ["model.adapter='nosuch' holds no LoRA adapter", "adapter_config.json"]),
+    ],
+)  # fmt: skip
+def test_what_this_machine_lacks_is_told_before_weights_are_loaded(
+    capsys, small, tmp_path, monkeypatch, settings, parts
+):
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", None)
+    run = ["--run", str(tmp_path / "r")]
+    check_fails(capsys, ["train", "--config", small, *run, *settings], *parts)
+
+
+def test_an_attention_whose_package_is_missing_is_told(capsys, small, tmp_path, monkeypatch):
+    def missing(*_, **__):
+        raise ImportError("the package is not installed.")
+
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", missing)
+    start = ["train", "--config", small, "--run", str(tmp_path / "r")]
+    check_fails(
+        capsys,
+        [*start, "--model.attention", "flash_attention_2"],
+        "model.attention='flash_attention_2' cannot be used here: the package is not installed. ",
+        "give sdpa",
+    )
+
+
 def test_an_unknown_environment_is_told(capsys, small, tmp_path):
     check_fails(
         capsys,

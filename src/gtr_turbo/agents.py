@@ -23,6 +23,8 @@ def stored_settings(path: Path, which: str) -> dict[str, Any]:
         ConfigError: `which` is not there.
     """
     from gtr_turbo import checkpoint
+    from gtr_turbo.policy.loading import adapter_settings
+    from gtr_turbo.policy.starter import model_folder
 
     if (path / "config.yaml").exists():
         settings = read_config(path / "config.yaml")
@@ -32,16 +34,15 @@ def stored_settings(path: Path, which: str) -> dict[str, Any]:
         checkpoint.read_state(saved[-1])
         model = settings.setdefault("model", {})
         if which == "student" and model.get("train") == "lora":
-            model["adapter"] = str(saved[-1] / "student")
+            student = saved[-1] / "student"
+            model |= {"adapter": str(student), **adapter_settings(student)}
         else:
             model |= {"path": str(saved[-1] / which), "train": "full", "adapter": None}
-            for group, name in (("rollout", "engine"), ("teacher", "history")):
-                settings.get(group, {}).pop(name, None)  # may be for adapters only
+        for group, name in (("rollout", "engine"), ("teacher", "history")):
+            settings.get(group, {}).pop(name, None)  # not asked here, and may be for adapters only
         return settings
     if which == "teacher":
         raise ConfigError(f"{path} is no run folder, so it has no teacher; drop --which teacher")
-    from gtr_turbo.policy.starter import model_folder
-
     beside = [Path(model_folder(str(path))) / "recipe.yaml"]
     if path.name in ("student", "teacher"):
         beside.append(path.resolve().parent.parent.parent / "config.yaml")
@@ -53,7 +54,7 @@ def _weights(path: Path) -> dict[str, Any]:
     """Settings of a model that are its weights: a whole model, or a PEFT adapter on its base.
 
     Raises:
-        ConfigError: the adapter does not say what it adapts.
+        ConfigError: the adapter does not say what it adapts, or cannot be read.
     """
     described = path / "adapter_config.json"
     if not described.exists():
@@ -67,7 +68,9 @@ def _weights(path: Path) -> dict[str, Any]:
             f"{described} names no base_model_name_or_path, so what the adapter is for is not known; put the "
             "folder or the hub name of its base model there"
         )
-    return {"path": base, "train": "lora", "adapter": str(path)}
+    from gtr_turbo.policy.loading import adapter_settings
+
+    return {"path": base, "train": "lora", "adapter": str(path), **adapter_settings(path)}
 
 
 def is_environment(name: str) -> bool:

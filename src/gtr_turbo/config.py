@@ -23,7 +23,7 @@ class ModelConfig:
     path: str = "tiny-qwen3-vl"
     """`tiny-qwen3-vl` or `tiny-qwen2.5-vl` (shipped), a `save_pretrained` folder, or a hub name."""
     adapter: str | None = None
-    """PEFT adapter folder to start from (with `train: lora`)."""
+    """PEFT adapter folder to start from with `train: lora`; `vision`, `lora_rank`, `lora_alpha` must be its own."""
     train: Literal["full", "lora"] = "full"
     """`full`: every weight of the language model; `lora`: adapters on its linear layers."""
     vision: Literal["frozen", "trained"] = "frozen"

@@ -5,7 +5,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
+from gtr_turbo.checks import ConfigError
 from gtr_turbo.policy import swap
+from gtr_turbo.policy.loading import adapter_settings
 from gtr_turbo.policy.scoring import score
 from gtr_turbo.policy.weights import _product
 from tiny import inputs_of, make_policy, observations, perturb, responses
@@ -158,6 +160,25 @@ def test_a_run_from_an_adapter_counts_it_as_the_start(tiny, tmp_path):
     assert (own - start).abs().max() > 1e-2
     with policy.as_teacher():
         torch.testing.assert_close(logprobs(policy), own, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("vision", ["frozen", "trained"])
+def test_settings_that_an_adapter_contradicts_are_refused_with_what_fits(
+    tiny, tmp_path, vision, monkeypatch
+):
+    folder = tmp_path / "adapter"
+    make_policy(tiny, **LORA, vision=vision).save_student(folder)
+    found = {"vision": vision, "lora_rank": 4, "lora_alpha": 8}
+    assert adapter_settings(folder) == found
+    assert make_policy(tiny, train="lora", adapter=str(folder), **found).trained()
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", None)
+    other = {"vision": "frozen" if vision == "trained" else "trained"}
+    for wrong in ({"lora_rank": 128}, {"lora_alpha": 256}, other):
+        (key,) = wrong
+        with pytest.raises(ConfigError, match=f"give --model.{key} {found[key]}") as refused:
+            make_policy(tiny, train="lora", adapter=str(folder), **found | wrong)
+        told = "gtr-turbo sft --model.vision frozen" in str(refused.value)
+        assert told is (key == "vision" and vision == "trained")
 
 
 @FORMS

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from gtr_turbo.checks import ConfigError
@@ -31,14 +34,77 @@ def takes_features(model: Any) -> bool:
     )
 
 
+def check_device(device: str) -> None:
+    """Refuse a device that torch cannot put a tensor on.
+
+    Raises:
+        ConfigError: why, and what can be given.
+    """
+    try:
+        torch.empty(1, device=torch.device(device))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
+        raise ConfigError(
+            f"model.device={device!r} cannot be used here: {reason}. Give cpu, or cuda or cuda:N where torch sees "
+            "a GPU; `gtr-turbo doctor` lists what it sees"
+        ) from error
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """The settings of `model` that a LoRA adapter was made with: `vision`, `lora_rank`, `lora_alpha`.
+
+    Raises:
+        ConfigError: there is no LoRA adapter, or it cannot be read.
+    """
+    try:
+        about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            names = list(file.keys())
+        rank, alpha = about["r"], about["lora_alpha"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ConfigError(
+            f"model.adapter={str(folder)!r} holds no LoRA adapter ({error}). Give the folder that `gtr-turbo sft` "
+            "or PEFT wrote, or a run's checkpoints/NNNNNN/student: adapter_config.json, adapter_model.safetensors"
+        ) from error
+    seen = any(is_vision(name) for name in names)
+    return {"vision": "trained" if seen else "frozen", "lora_rank": rank, "lora_alpha": alpha}
+
+
+def check_adapter(config: ModelConfig) -> None:
+    """Refuse settings that `model.adapter`, which brings its own layers and rank, contradicts.
+
+    Raises:
+        ConfigError: which they are, and what to do.
+    """
+    if config.adapter is None:
+        return
+    found = adapter_settings(Path(config.adapter))
+    wrong = {key: made for key, made in found.items() if made != getattr(config, key)}
+    if not wrong:
+        return
+    given = ", ".join(f"model.{key}={getattr(config, key)!r}" for key in wrong)
+    fitting = " ".join(f"--model.{key} {made}" for key, made in wrong.items())
+    other = ""
+    if wrong.get("vision") == "trained":
+        other = (
+            ". It adapts the vision tower; where that must be frozen (vLLM, the -fast recipes), start from an "
+            "adapter made with `gtr-turbo sft --model.vision frozen`"
+        )
+    raise ConfigError(
+        f"model.adapter={config.adapter!r} was not made with {given}: give {fitting}{other}"
+    )
+
+
 def load(config: ModelConfig) -> Any:
     """The `transformers` model.
 
     Raises:
-        ConfigError: there is none at `model.path`, or it is of another kind.
+        ConfigError: there is none at `model.path`, it is of another kind, or it cannot be run as the settings say.
     """
     from transformers import AutoModelForImageTextToText
 
+    check_device(config.device)
+    check_adapter(config)
     path = starter.model_folder(config.path)
     try:
         return AutoModelForImageTextToText.from_pretrained(
@@ -50,6 +116,13 @@ def load(config: ModelConfig) -> Any:
             "folder that save_pretrained wrote, or a hub name of an image-text-to-text model. Where no hub "
             "is reached, download the model elsewhere (`hf download NAME --local-dir DIR`), bring DIR here, and "
             "give --model DIR."
+        ) from error
+    except ImportError as error:
+        if config.attention != "flash_attention_2":
+            raise
+        raise ConfigError(
+            f"model.attention='flash_attention_2' cannot be used here: {str(error).rstrip('.')}. "
+            "Install flash-attn, or give sdpa; `gtr-turbo doctor` lists what is installed"
         ) from error
 
 
@@ -69,9 +142,14 @@ def linear_layers(model: nn.Module, *, vision: bool) -> list[str]:
 
 
 def add_adapters(base: Any, config: ModelConfig) -> Any:
-    """The model with LoRA adapters: fresh ones, or those of `model.adapter`."""
+    """The model with LoRA adapters: fresh ones, or those of `model.adapter`.
+
+    Raises:
+        ConfigError: the settings contradict `model.adapter`.
+    """
     from peft import LoraConfig, PeftModel, get_peft_model
 
+    check_adapter(config)
     if config.adapter:
         return PeftModel.from_pretrained(base, config.adapter, is_trainable=True)
     lora = LoraConfig(
