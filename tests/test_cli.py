@@ -4,6 +4,8 @@ import re
 import shutil
 import signal
 
+import gymnasium
+import numpy as np
 import pytest
 import yaml
 
@@ -12,6 +14,8 @@ from gtr_turbo.checkpoint import folders
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.cli import main
 from gtr_turbo.config import TrainConfig
+from gtr_turbo.envs import make_env
+from gtr_turbo.policy.starter import is_here
 from gtr_turbo.settings import (
     SFT_CONFIGS,
     build_config,
@@ -26,7 +30,7 @@ from tiny import scripted
 
 SMALL = {
     "model": {"attention": "eager"},
-    "env": {"num_envs": 2, "options": {"prompt": "compact"}},
+    "env": {"num_envs": 2, "options": {"prompt": "compact"}, "eval_split": "held-out"},
     "sampling": {"max_new_tokens": 4},
     "rollout": {"turns_per_env": 2},
     "ppo": {"minibatch_turns": 4, "microbatch_turns": 4, "epochs": 1},
@@ -188,10 +192,29 @@ def test_a_missing_model_is_told(capsys, small, tmp_path):
     check_fails(
         capsys,
         ["train", "--config", small, "--run", str(tmp_path / "r"), "--model.path", "./nowhere"],
-        "model.path='./nowhere' cannot be loaded",
+        "model.path='./nowhere' is no folder here",
+        "tiny-household-qwen3-vl",
         "hf download NAME --local-dir DIR",
     )
-    check_fails(capsys, ["eval", "./nowhere", "--episodes", "1"], "model.path", "nowhere")
+
+
+def test_a_mistyped_agent_is_told_what_is_like_it_and_the_hub_is_not_asked(
+    capsys, finished, monkeypatch
+):
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", None)
+    monkeypatch.chdir(finished.parent.parent)
+    there = f"{finished.parent.name}/run"
+    for wrong, *parts in (
+        (f"{finished.parent.name}/rnu", "is no folder here", f"Did you mean '{there}'?", f"Runs here: {there}"),
+        (finished.parent.name, "without a run or a model", f"Runs here: {there}"),
+        ("Points25", "is no folder here", "Did you mean 'Points24'?"),
+        ("points24", "Did you mean 'Points24'?", "The recipe is given as --config points24."),
+        ("household-tny", "'household-tiny'? The recipe is given as --config household-tiny."),
+        ("tiny-qwen4-vl", "Did you mean 'tiny-qwen3-vl'?"),
+    ):  # fmt: skip
+        check_fails(capsys, ["eval", wrong], f"'{wrong}' is ", *parts)
+    for name, asked in (("Qwen/Qwen3-VL-2B-Instruct", True), (f"{finished.parent.name}/x", False)):
+        assert is_here(name) is asked
 
 
 @pytest.mark.parametrize(
@@ -330,6 +353,39 @@ def test_the_teacher_of_a_run_whose_settings_are_for_adapters_is_evaluated(finis
     settings["rollout"]["engine"], settings["teacher"]["history"] = "vllm", "factors"
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     assert main(["eval", str(run), "--which", "teacher", "--episodes", "1"]) == 0
+
+
+class Bare(gymnasium.Env):
+    """An environment that takes no options."""
+
+    fields = ("thoughts", "action")
+
+    def __init__(self):
+        made = make_env("NumberLine")
+        self.observation_space, self.action_space = made.observation_space, made.action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return {"image": np.zeros((56, 56, 3), np.uint8), "prompt": "go"}, {"actions": ["a"]}
+
+    def step(self, action):
+        return self.reset()[0], 0.0, True, False, {"success": False}
+
+
+def test_another_environment_gets_no_options_that_nobody_gave_it(capsys, finished):
+    """The run is of EZPoints with `prompt: compact` and a held-out split."""
+    settings = yaml.safe_load((finished / "config.yaml").read_text())
+    assert settings["env"]["options"] == {"prompt": "compact"}
+    gymnasium.register("Bare-v0", Bare)
+    try:
+        found = []
+        for name in ("Bare-v0", "Blackjack", "gtr/EZPoints-v0"):
+            capsys.readouterr()
+            assert main(["eval", str(finished), "--env", name, "--episodes", "1", "--json"]) == 0
+            found.append(json.loads(capsys.readouterr().out)["split"])
+    finally:
+        del gymnasium.registry["Bare-v0"]
+    assert found == [None, "held-out", "held-out"]
 
 
 @pytest.mark.parametrize("command", ["eval", "play"])

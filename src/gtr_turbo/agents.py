@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gtr_turbo.checks import ConfigError
+from gtr_turbo.checks import ConfigError, suggest
 from gtr_turbo.config import EnvConfig, TrainConfig
-from gtr_turbo.settings import build_config, config_file, merge, read_config
+from gtr_turbo.settings import build_config, config_file, config_names, merge, read_config
 
 if TYPE_CHECKING:
     from gtr_turbo.policy.model import Policy
@@ -89,6 +90,37 @@ def is_environment(name: str) -> bool:
     return True
 
 
+def check_agent(name: str) -> None:
+    """Refuse a name that leads nowhere, before the hub is asked for it.
+
+    Raises:
+        ConfigError: no run, no model, and no name that the hub may know; with what is there, and what is like it.
+    """
+    from gtr_turbo.envs.contract import built_in
+    from gtr_turbo.policy.starter import STARTERS, is_here
+
+    path = Path(name)
+    if path.is_dir():
+        files = ("config.yaml", "config.json", "adapter_config.json")
+        if any((path / file).is_file() for file in files):
+            return
+        told, beside = f"is a folder without a run or a model ({', '.join(files)})", {path}
+    elif is_here(name):
+        return
+    else:
+        told, beside = "is no folder here, no model and no environment", {path.parent, Path("runs")}
+    runs = sorted(str(file.parent) for folder in beside for file in folder.glob("*/config.yaml"))
+    starters = [f"tiny-{known}" for known in STARTERS]
+    close = suggest(name, [*config_names(), *runs, *starters, *built_in()])
+    told += f".{close}"
+    for recipe in config_names():
+        if recipe == name or repr(recipe) in close:
+            told += f" The recipe is given as --config {recipe}."
+    if runs:
+        told += f" Runs here: {', '.join(runs[:9])}{', ...' if len(runs) > 9 else ''}."
+    raise ConfigError(f"{name!r} {told}")
+
+
 def agent_of(options: argparse.Namespace) -> tuple[Policy | None, TrainConfig]:
     """The agent a path names: a run (its newest student or teacher), or a model; and its config.
 
@@ -99,6 +131,7 @@ def agent_of(options: argparse.Namespace) -> tuple[Policy | None, TrainConfig]:
     if options.agent and not options.env and is_environment(options.agent):
         options.env, options.agent = options.agent, None
     if options.agent:
+        check_agent(options.agent)
         settings = stored_settings(Path(options.agent), options.which)
         if "env" not in settings and not (options.config or options.env):
             raise ConfigError(
@@ -116,19 +149,33 @@ def agent_of(options: argparse.Namespace) -> tuple[Policy | None, TrainConfig]:
         model = settings.pop("model", {})
         settings = merge(read_config(config_file(options.config)), {"model": model})
     if options.env:
-        env = settings.setdefault("env", {})
-        if (
-            env.get("id", EnvConfig().id) != options.env
-        ):  # of its options only the prompt's style carries over
-            style = env.get("options", {}).get("prompt")
-            env["options"] = {"prompt": style} if style else {}
-        env["id"] = options.env
+        settings["env"] = _other_environment(settings.get("env", {}), options.env)
     config: TrainConfig = build_config(TrainConfig, settings)
     if not options.agent:
         return None, config
     from gtr_turbo.policy.model import Policy
 
     return Policy(config.model, temperature=config.sampling.temperature, seed=config.seed), config
+
+
+def _other_environment(env: dict[str, Any], name: str) -> dict[str, Any]:
+    """The settings of `env` with this environment: what would be options of another one is left out.
+
+    Raises:
+        ContractError: unknown name.
+    """
+    from gtr_turbo.envs.contract import ContractError, resolve_id
+
+    found = resolve_id(name)
+    with suppress(ContractError):  # the other one may not be here
+        if resolve_id(env.get("id", EnvConfig().id)) == found:
+            return env | {"id": name}
+    kept = {key: value for key, value in env.items() if key == "num_envs"}
+    if found.startswith("gtr/"):  # the built-in ones all know the two styles of prompt, and `split`
+        kept |= {key: value for key, value in env.items() if key.endswith("_split")}
+        style = env.get("options", {}).get("prompt")
+        kept["options"] = {"prompt": style} if style else {}
+    return kept | {"id": name}
 
 
 def env_config(options: argparse.Namespace, config: TrainConfig) -> tuple[EnvConfig, str | None]:

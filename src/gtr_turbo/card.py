@@ -19,9 +19,8 @@ from markupsafe import Markup
 from gtr_turbo import __version__
 from gtr_turbo.checkpoint import write_atomically
 from gtr_turbo.config import TrainConfig
-from gtr_turbo.policy.starter import model_folder
+from gtr_turbo.policy.starter import is_hub_name, model_folder
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PAPER = "https://arxiv.org/abs/2512.13043"
 MARKS = re.compile(r"([\\`*_{}\[\]()<>#+!|~&$])")
 KINDS = {
@@ -122,11 +121,6 @@ def without_paths(value: Any) -> Any:
     if isinstance(value, str) and Path(value).is_absolute():
         return Path(value).name
     return value
-
-
-def is_hub_name(name: str) -> bool:
-    """True of ORGANISATION/MODEL that is no folder here."""
-    return HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
 def model_card(

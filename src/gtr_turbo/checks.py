@@ -15,8 +15,9 @@ class ConfigError(ValueError):
 
 def suggest(word: str, known: list[str]) -> str:
     """A sentence to append, "Did you mean 'x'?", if something close is known; else an empty string."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    return f" Did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
 def check_keys(settings: Mapping[str, Any], cls: type, where: str = "") -> None:

@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 
 from gtr_turbo import checkpoint
-from gtr_turbo.card import is_hub_name, model_card, without_paths
+from gtr_turbo.card import model_card, without_paths
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.merging import Report, merge
 from gtr_turbo.merging.lora import is_adapter
-from gtr_turbo.policy.starter import model_folder
+from gtr_turbo.policy.starter import is_hub_name, model_folder
 from gtr_turbo.settings import read_config
 
 

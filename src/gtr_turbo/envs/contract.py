@@ -20,7 +20,6 @@ The contract, on top of `gymnasium.Env`:
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import math
 import os
@@ -33,6 +32,8 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 from gymnasium.spaces.utils import flatten_space
+
+from gtr_turbo.checks import suggest
 
 Env = gymnasium.Env[dict[str, Any], str]
 
@@ -103,6 +104,12 @@ def observation_space(height: int, width: int) -> spaces.Dict:
     return spaces.Dict({"image": image, "prompt": AnyText()})
 
 
+def built_in() -> list[str]:
+    """Names of the environments that ship with the package."""
+    ours = [key for key in gymnasium.registry if key.startswith("gtr/")]
+    return [key.removeprefix("gtr/").removesuffix("-v0") for key in ours]
+
+
 def resolve_id(name: str) -> str:
     """Turn `Points24`, `gtr/Points24-v0` or `module:EnvId` into a registered Gymnasium id.
 
@@ -120,18 +127,14 @@ def resolve_id(name: str) -> str:
                 f"environment {name!r}: cannot import module {module!r} ({error}). "
                 "Give MODULE:ENV_ID with a module in this folder or on PYTHONPATH that registers ENV_ID."
             ) from error
-    known = gymnasium.registry
+    known, ours = gymnasium.registry, built_in()
     candidates = [env_id, f"gtr/{env_id}-v0", f"gtr/{env_id}", f"{env_id}-v0"]
     for candidate in candidates:
         if candidate in known:
             return candidate
-    ours = [key for key in known if key.startswith("gtr/")]
-    bare = [key.removeprefix("gtr/").removesuffix("-v0") for key in ours]
-    by_lower = {key.lower(): key for key in [*known, *bare]}
-    close = difflib.get_close_matches(env_id.lower(), by_lower, n=1, cutoff=0.5)
-    hint = f" Did you mean {by_lower[close[0]]!r}?" if close else ""
+    hint = suggest(env_id, [*known, *ours])
     raise ContractError(
-        f"unknown environment {name!r}; built in: {', '.join(bare)}.{hint} "
+        f"unknown environment {name!r}; built in: {', '.join(ours)}.{hint} "
         "Your own: register it with Gymnasium in a module and name it MODULE:ENV_ID."
     )
 

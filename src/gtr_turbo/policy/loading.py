@@ -105,18 +105,22 @@ def load(config: ModelConfig) -> Any:
 
     check_device(config.device)
     check_adapter(config)
+    known = ", ".join(f"tiny-{name}" for name in starter.STARTERS)
+    advice = (
+        f"Give {known}, a folder that save_pretrained wrote, or a hub name (OWNER/MODEL) of an image-text-to-text "
+        "model. Where no hub is reached, download the model elsewhere (`hf download NAME --local-dir DIR`), bring "
+        "DIR here, and give it in the name's place"
+    )
+    if not starter.is_here(config.path):
+        raise ConfigError(f"model.path={config.path!r} is no folder here. {advice}")
     path = starter.model_folder(config.path)
     try:
         return AutoModelForImageTextToText.from_pretrained(
             path, dtype=DTYPES[config.dtype], attn_implementation=config.attention
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.path={config.path!r} cannot be loaded: {error}. Give tiny-qwen3-vl, tiny-qwen2.5-vl, a "
-            "folder that save_pretrained wrote, or a hub name of an image-text-to-text model. Where no hub "
-            "is reached, download the model elsewhere (`hf download NAME --local-dir DIR`), bring DIR here, and "
-            "give --model DIR."
-        ) from error
+        reason = f"model.path={config.path!r} cannot be loaded: {error}"
+        raise ConfigError(f"{reason.rstrip('.')}. {advice}") from error
     except ImportError as error:
         if config.attention != "flash_attention_2":
             raise

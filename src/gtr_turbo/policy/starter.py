@@ -18,6 +18,7 @@ from gtr_turbo.policy.processing import CHAT_TEMPLATE
 ARCHITECTURES = ("qwen3-vl", "qwen2.5-vl")
 STARTERS = (*ARCHITECTURES, "household-qwen3-vl", "household-qwen2.5-vl")
 """The shipped ones; those with the bare name of an architecture know the card games."""
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 FOLDER = Path(__file__).parent.parent / "starters"
 SPECIAL = (
     "<|endoftext|>",
@@ -59,6 +60,22 @@ def model_folder(path: str) -> str:
         if name in STARTERS:
             return str(FOLDER / name)
     return path
+
+
+def is_hub_name(name: str) -> bool:
+    """True of ORGANISATION/MODEL that is no folder here."""
+    return HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+def is_here(name: str) -> bool:
+    """False of what is no folder, no starter, no name to ask the hub for: `runs/mien` where `runs` is a folder."""
+    if Path(model_folder(name)).is_dir():
+        return True
+    if not is_hub_name(name):
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    return not Path(name).parent.is_dir() or bool(try_to_load_from_cache(name, "config.json"))
 
 
 def card_words() -> list[str]:
