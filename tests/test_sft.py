@@ -187,6 +187,12 @@ def test_an_adapter_without_a_base_is_refused(tmp_path):
         stored_settings(tmp_path, "student")
 
 
+def test_a_wrong_setting_of_a_demonstration_is_told_with_its_place():
+    for wrong, told in (({"id": 3}, "id=3 must be text"), ({"turn": 3}, "unknown setting 'turn'")):
+        with pytest.raises(ConfigError, match=rf"demonstrations\[1\]: {told}"):
+            build_config(SFTConfig, {"demonstrations": [{}, wrong]})
+
+
 def test_the_frame_of_a_household_has_labels():
     """(kind of receptacle, closed, objects in it, hand) in the last four places."""
     env = make_env("Household-Place", **HOUSE)

@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 
 class ConfigError(ValueError):
@@ -21,7 +21,7 @@ def suggest(word: str, known: list[str]) -> str:
 
 
 def check_keys(settings: Mapping[str, Any], cls: type, where: str = "") -> None:
-    """Refuse keys that `cls` does not declare, nested ones included.
+    """Refuse keys that `cls` does not declare and null where it is no value, nested ones included.
 
     Raises:
         ConfigError: names the key, what is known there, and the closest known key.
@@ -33,6 +33,8 @@ def check_keys(settings: Mapping[str, Any], cls: type, where: str = "") -> None:
                 f"unknown setting {where + key!r}; known{' in ' + where[:-1] if where else ''}: "
                 f"{', '.join(known)}.{suggest(key, list(known))}"
             )
+        if value is None and type(None) not in get_args(known[key]):
+            raise ConfigError(f"{where}{key} must not be null; leave it out for its default")
         if is_dataclass(known[key]):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{where}{key} must be a group of settings, got {value!r}")

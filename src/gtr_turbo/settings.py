@@ -6,7 +6,8 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gtr_turbo.checks import ConfigError, check_keys, suggest
 
@@ -14,6 +15,14 @@ CONFIGS = Path(__file__).parent / "configs"
 SFT_CONFIGS = CONFIGS / "sft"
 SWITCHES = {"model": "path", "env": "id", "guidance": "kind", "teacher": "method"}
 """Of a group, the setting that its name alone means: `--model X` is `--model.path X`."""
+
+WORDS = {
+    float: "a number",
+    int: "a whole number",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+}
 
 
 def config_names(folder: Path = CONFIGS) -> list[str]:
@@ -144,8 +153,49 @@ def build_config(cls: type, settings: dict[str, Any]) -> Any:
             cause = cause.__cause__ or cause.__context__
         if cause is not None:
             raise cause from None
-        text = str(error).replace('Parser key "config', 'setting "').replace('".', '"')
-        raise ConfigError(text) from error
+        found = re.search(r'Parser key "config\.([\w.]+)"', str(error))
+        raise ConfigError(_misfit(cls, settings, found[1]) if found else str(error)) from error
+
+
+def _misfit(cls: type, settings: dict[str, Any], path: str) -> str:
+    """What a setting is and what it must be, in words."""
+    hint: Any = cls
+    value: Any = settings
+    for part in path.split("."):
+        hint, value = get_type_hints(hint)[part], value[part]
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        for at, item in enumerate(value):
+            try:
+                build_config(get_args(hint)[0], item)
+            except ConfigError as error:
+                return f"{path}[{at}]: {error}"
+    text = f"{path}={value!r} must be {_words(hint)}"
+    if not isinstance(value, str):
+        return text
+    choices = _choices(hint)
+    if "a list" in text and (value in choices or not choices):
+        return f"{text}. A list is written '[{value}]'"
+    close = suggest(value, choices)
+    return f"{text}.{close}" if close else text
+
+
+def _choices(hint: Any) -> list[str]:
+    """The strings that a type names."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [name for part in get_args(hint) for name in _choices(part)]
+
+
+def _words(hint: Any) -> str:
+    """A type as people say it."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return ("one of " if len(parts) > 1 else "") + ", ".join(map(str, parts))
+    if kind in (Union, UnionType):
+        return ", or ".join(map(_words, parts))
+    if kind in (tuple, list):
+        return f"a list of {_words(parts[0]).removeprefix('one of ')}"
+    return WORDS.get(hint, "a group of settings (name: value)")
 
 
 def dump_config(config: Any) -> str:

@@ -97,8 +97,16 @@ def test_a_module_of_this_folder_is_found_as_python_m_finds_it(tmp_path, monkeyp
 
 
 def test_an_unknown_option_is_named():
-    with pytest.raises(ContractError, match=r"gtr/NumberLine-v0 does not take.*colour"):
+    known = "prompt, early_truncation, split, render_mode"
+    with pytest.raises(ContractError, match=f"gtr/NumberLine-v0 does not take.*colour.*{known}"):
         make_env("NumberLine", colour="red")
+    with pytest.raises(ContractError, match=r"takes: prompt, gran.*solvable_only.*'granularity'"):
+        make_env("Points24", granularty="token", prompt="full")  # what the base class takes too
+
+
+def test_an_environment_of_gymnasium_is_told_how_it_becomes_one_of_ours():
+    with pytest.raises(ContractError, match=r"got None\. .* `wrap_discrete`"):
+        check_env(make_env("CartPole-v1", render_mode="rgb_array"))
 
 
 # -- broken environments: check_env names the broken rule and its likely cause ---------------------

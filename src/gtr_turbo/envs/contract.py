@@ -21,6 +21,7 @@ The contract, on top of `gymnasium.Env`:
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import os
 import sys
@@ -149,7 +150,25 @@ def make_env(name: str, **options: Any) -> Env:
     try:
         return gymnasium.make(env_id, disable_env_checker=True, **options)
     except TypeError as error:
-        raise ContractError(f"{env_id} does not take the options {options}: {error}") from error
+        known = _options(gymnasium.spec(env_id).entry_point)
+        if unknown := [option for option in options if option not in known]:
+            raise ContractError(
+                f"{env_id} does not take the options {', '.join(unknown)}; it takes: "
+                f"{', '.join(known) or 'none'}.{suggest(unknown[0], known)}"
+            ) from error
+        raise ContractError(f"{env_id} cannot be made with {options}: {error}") from error
+
+
+def _options(entry: Any) -> list[str]:
+    """Names of the keyword arguments of what makes an environment, those it hands to its base classes too."""
+    made = gymnasium.envs.registration.load_env_creator(entry) if isinstance(entry, str) else entry
+    names: list[str] = []
+    for kind in made.__mro__ if isinstance(made, type) else (made,):
+        given = inspect.signature(kind).parameters.values()
+        names += [p.name for p in given if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if all(p.kind is not p.VAR_KEYWORD for p in given):
+            break
+    return list(dict.fromkeys(names))
 
 
 def attribute(env: Env, name: str) -> Any:
@@ -242,8 +261,8 @@ def check_env(env: Env | str, *, episodes: int = 3, max_turns: int = 200) -> Non
     fields = attribute(env, "fields")
     if not isinstance(fields, tuple) or not fields or fields[-1] != "action":
         raise ContractError(
-            f"{name}: class attribute `fields` must be a tuple of JSON keys with 'action' last, "
-            f"got {fields!r}"
+            f"{name}: class attribute `fields` must be a tuple of JSON keys with 'action' last, got {fields!r}. "
+            "To use a Gymnasium environment with discrete actions, see `wrap_discrete` (docs/environments.md)"
         )
     _check_for_corrector(name, env, fields)
     first, info = env.reset(seed=7)
