@@ -242,6 +242,7 @@ def test_what_this_machine_lacks_is_told_before_weights_are_loaded(
     monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", None)
     run = ["--run", str(tmp_path / "r")]
     check_fails(capsys, ["train", "--config", small, *run, *settings], *parts)
+    assert not (tmp_path / "r").exists()
 
 
 def test_an_attention_whose_package_is_missing_is_told(capsys, small, tmp_path, monkeypatch):
@@ -412,6 +413,13 @@ def test_play_shows_turns_and_saves_frames(capsys, finished, tmp_path):
     assert list((tmp_path / "f").glob("0000-*.png"))
 
 
+def test_help_shows_percent_signs_as_they_are(capsys):
+    for arguments in (["--help"], ["eval", "--help"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "its 95 % interval" in capsys.readouterr().out
+
+
 def test_a_command_is_needed(capsys):
     for arguments, code in (([], 2), (["fly"], 2), (["--version"], 0)):
         with pytest.raises(SystemExit) as end:
@@ -448,6 +456,23 @@ def test_sigterm_leaves_a_resumable_run(capsys, small, tmp_path, monkeypatch):
 def test_settings_are_finite(capsys, small, setting, value):
     assert main(["train", "--config", small, f"--{setting}", value]) == 2
     assert f"{setting}=" in capsys.readouterr().err
+
+
+def test_ctrl_c_before_the_first_checkpoint_advises_no_resume(capsys, small, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(TerminalView, "started", interrupt)
+        assert main(["train", "--config", small, "--eval.episodes", "0"]) == 130
+    error = capsys.readouterr().err
+    assert "no checkpoint yet: start again" in error
+    assert "--resume" not in error
+    with monkeypatch.context() as patch:  # after the only update
+        patch.setattr("gtr_turbo.trainer._summary", interrupt)
+        assert main(["train", "--config", small, "--eval.episodes", "0"]) == 130
+    assert "gtr-turbo train --run runs/small-seed0-2 --resume" in capsys.readouterr().err
 
 
 def test_ctrl_c_before_anything_is_no_traceback(capsys, small, monkeypatch):

@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from gtr_turbo import __version__
@@ -38,7 +39,10 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
-            name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=text.replace("%", "%%"),
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run_command=run)
         return sub
@@ -47,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     _train_arguments(command("train", run_train, text))
     text = "Imitate the environments' own experts: make the model RL starts from."
     _sft_arguments(command("sft", run_sft, text))
-    sub = command("eval", run_eval, "Success on fixed episodes, with its 95 %% interval.")
+    sub = command("eval", run_eval, "Success on fixed episodes, with its 95 % interval.")
     _agent_arguments(sub, episodes=500)
     sub.add_argument(
         "--baselines",
@@ -337,7 +341,9 @@ def _go_on(options: argparse.Namespace) -> str:
         return " Go on with the same command: what was done is kept"
     if options.command != "train":
         return ""
-    return f" Go on with: gtr-turbo train --run {options.run or 'DIR'} --resume"
+    if options.run and any(Path(options.run).glob("checkpoints/*/state.json")):
+        return f" Go on with: gtr-turbo train --run {options.run} --resume"
+    return " There is no checkpoint yet: start again"
 
 
 def _failed(error: Exception) -> int:

@@ -77,10 +77,14 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
         config.guidance.external.key()  # before there is a run folder
     trackers.chosen(config)
     from gtr_turbo.distributed.ranks import join
+    from gtr_turbo.policy.loading import check
     from gtr_turbo.trainer import Unseen, train
 
+    if place.world == 1:  # of several ranks each checks a device of its own
+        check(config.model)
     with join(place, config.model.device, config.distributed.timeout_s) as ranks:
         run = Path(ranks.from_first(str(_new_run(config))))
+        options.run = str(run)  # told if the run is interrupted
         config = replace(config, run=str(run))
         if ranks.first:
             _train_shown(config, run, options, ranks)

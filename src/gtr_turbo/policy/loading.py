@@ -95,6 +95,28 @@ def check_adapter(config: ModelConfig) -> None:
     )
 
 
+def _advice() -> str:
+    """What `model.path` may be."""
+    known = ", ".join(f"tiny-{name}" for name in starter.STARTERS)
+    return (
+        f"Give {known}, a folder that save_pretrained wrote, or a hub name (OWNER/MODEL) of an image-text-to-text "
+        "model. Where no hub is reached, download the model elsewhere (`hf download NAME --local-dir DIR`), bring "
+        "DIR here, and give it in the name's place"
+    )
+
+
+def check(config: ModelConfig) -> None:
+    """Refuse what cannot be loaded here, as far as that shows before weights are read.
+
+    Raises:
+        ConfigError: the device, the adapter or the path.
+    """
+    check_device(config.device)
+    check_adapter(config)
+    if not starter.is_here(config.path):
+        raise ConfigError(f"model.path={config.path!r} is no folder here. {_advice()}")
+
+
 def load(config: ModelConfig) -> Any:
     """The `transformers` model.
 
@@ -103,16 +125,7 @@ def load(config: ModelConfig) -> Any:
     """
     from transformers import AutoModelForImageTextToText
 
-    check_device(config.device)
-    check_adapter(config)
-    known = ", ".join(f"tiny-{name}" for name in starter.STARTERS)
-    advice = (
-        f"Give {known}, a folder that save_pretrained wrote, or a hub name (OWNER/MODEL) of an image-text-to-text "
-        "model. Where no hub is reached, download the model elsewhere (`hf download NAME --local-dir DIR`), bring "
-        "DIR here, and give it in the name's place"
-    )
-    if not starter.is_here(config.path):
-        raise ConfigError(f"model.path={config.path!r} is no folder here. {advice}")
+    check(config)
     path = starter.model_folder(config.path)
     try:
         return AutoModelForImageTextToText.from_pretrained(
@@ -120,7 +133,7 @@ def load(config: ModelConfig) -> Any:
         )
     except (OSError, ValueError) as error:
         reason = f"model.path={config.path!r} cannot be loaded: {error}"
-        raise ConfigError(f"{reason.rstrip('.')}. {advice}") from error
+        raise ConfigError(f"{reason.rstrip('.')}. {_advice()}") from error
     except ImportError as error:
         if config.attention != "flash_attention_2":
             raise
