@@ -21,7 +21,8 @@ class ModelConfig:
     _prefix = "model."
 
     path: str = "tiny-qwen3-vl"
-    """`tiny-qwen3-vl` or `tiny-qwen2.5-vl` (shipped), a `save_pretrained` folder, or a hub name."""
+    """A shipped starter (`tiny-qwen3-vl`, `tiny-qwen2.5-vl`; for households `tiny-household-qwen3-vl` and
+    `tiny-household-qwen2.5-vl`), a `save_pretrained` folder, or a hub name."""
     adapter: str | None = None
     """PEFT adapter folder to start from with `train: lora`; `vision`, `lora_rank`, `lora_alpha` must be its own."""
     train: Literal["full", "lora"] = "full"
@@ -73,7 +74,8 @@ class EnvConfig:
     _prefix = "env."
 
     id: str = "EZPoints"
-    """A built-in name (EZPoints, Points24, NumberLine, Blackjack), a Gymnasium id, or MODULE:ENV_ID."""
+    """A built-in name (EZPoints, Points24, NumberLine, Blackjack, Household; a task type alone is Household-Place,
+    -Two, -Light, -Clean, -Heat, -Cool), a Gymnasium id, or MODULE:ENV_ID."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the environment, such as `prompt`, `early_truncation`, `solvable_only`."""
     train_split: str | None = None
@@ -241,7 +243,7 @@ class SaveConfig:
     keep: int = 2
     """Checkpoints kept."""
     trajectories: int = 4
-    """Episodes stored per update, with their frames."""
+    """Environments, the first ones, whose turns are stored in each update, with their frames."""
 
     def __post_init__(self) -> None:
         positive(self, "interval", "keep")

@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import pytest
 import torch
@@ -179,6 +180,13 @@ def test_settings_that_an_adapter_contradicts_are_refused_with_what_fits(
             make_policy(tiny, train="lora", adapter=str(folder), **found | wrong)
         told = "gtr-turbo sft --model.vision frozen" in str(refused.value)
         assert told is (key == "vision" and vision == "trained")
+
+
+def test_adapters_are_added_without_a_warning_of_libraries_about_each_other(tiny, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        make_policy(tiny, **LORA).save_student(tmp_path / "adapter")
+        make_policy(tiny, **LORA, adapter=str(tmp_path / "adapter"))
 
 
 @FORMS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -167,12 +168,14 @@ def add_adapters(base: Any, config: ModelConfig) -> Any:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     check_adapter(config)
-    if config.adapter:
-        return PeftModel.from_pretrained(base, config.adapter, is_trainable=True)
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=linear_layers(base, vision=config.vision == "trained"),
-    )
-    return get_peft_model(base, lora)
+    with warnings.catch_warnings():  # peft asks transformers for a property by its old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is dep", FutureWarning)
+        if config.adapter:
+            return PeftModel.from_pretrained(base, config.adapter, is_trainable=True)
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=linear_layers(base, vision=config.vision == "trained"),
+        )
+        return get_peft_model(base, lora)
