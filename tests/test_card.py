@@ -1,16 +1,25 @@
 """Model cards: what the hub reads in them, what they say, and that nothing in them escapes its place."""
 
+import importlib.util
 import json
 import re
 from dataclasses import asdict
 
 import huggingface_hub
+import numpy as np
 import pytest
+import torch
 import yaml
-from transformers import AutoModelForImageTextToText
+from PIL import Image
+from transformers import BatchFeature
 
 from gtr_turbo.card import model_card, write_cards
+from gtr_turbo.cli import main
 from gtr_turbo.config import EnvConfig, ModelConfig, TrainConfig
+from gtr_turbo.envs import make_env
+from gtr_turbo.policy.processing import Processor
+from gtr_turbo.policy.starter import model_folder
+from tiny import make_policy
 
 HUB = "Qwen/Qwen2.5-VL-7B-Instruct"
 SUMMARY = {
@@ -104,17 +113,47 @@ def test_no_folder_of_this_machine_is_published():
     assert "path: mine" in text
 
 
-@pytest.mark.parametrize("base", ["tiny-qwen3-vl"])
-def test_the_code_for_a_shipped_starter_loads_it(base):
-    line = next(line for line in code_of(card(base=base)).splitlines() if line.startswith("base ="))
-    from gtr_turbo.policy.starter import model_folder
+class Stock:
+    """In place of Qwen's own processor, which wants torchvision: ours, with the calls of the card."""
 
-    found = {
-        "AutoModelForImageTextToText": AutoModelForImageTextToText,
-        "model_folder": model_folder,
-    }
-    exec(line, found)
-    assert found["base"].config.model_type == "qwen3_vl"
+    def __init__(self, path):
+        self.ours = Processor(path, "qwen3_vl")
+
+    def apply_chat_template(self, messages, **_):
+        image, text = messages[0]["content"]
+        frame = np.asarray(image["image"])
+        ids = self.ours.encode([frame], [text["text"]])[0][None]
+        kinds = (ids == self.ours.image_token_id).int()
+        made = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": kinds,
+        }
+        return BatchFeature(made | dict(self.ours.image_inputs([frame])))
+
+    def decode(self, ids, **_):
+        return self.ours.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_code_of_a_card_has_an_action_written(adapter, tmp_path, monkeypatch, capsys):
+    """Of a starter's own weights, exported as full weights, and of an adapter that changes nothing."""
+    if adapter:
+        policy = make_policy("tiny-qwen3-vl", train="lora", lora_rank=4, lora_alpha=8)
+        policy.save_student(tmp_path / "out")
+    else:
+        assert main(["export", model_folder("tiny-qwen3-vl"), "--out", str(tmp_path / "out")]) == 0
+    if importlib.util.find_spec("torchvision") is None:
+        monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", Stock)
+    seen, _ = make_env("EZPoints", prompt="compact").reset(seed=0)
+    monkeypatch.chdir(tmp_path / "out")
+    Image.fromarray(seen["image"]).save("frame.png")
+    code = code_of(card(base="tiny-qwen3-vl", adapter=adapter))
+    assert ("gtr_turbo" in code) is ("peft" in code) is adapter
+    assert "max_new_tokens=96, temperature=0.7, top_k=0, repetition_penalty=1.0" in code
+    torch.manual_seed(0)
+    exec(code.replace('"..."', repr(seen["prompt"])), {})
+    assert capsys.readouterr().out.splitlines()[-1] in {"2", "10", "+", "*", "-", "/", "="}
 
 
 def test_an_evaluation_on_other_episodes_than_the_rest_says_so():

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from gtr_turbo import __version__
 from gtr_turbo.checkpoint import write_atomically
-from gtr_turbo.config import TrainConfig
+from gtr_turbo.config import SamplingConfig, TrainConfig
 from gtr_turbo.policy.starter import is_hub_name, model_folder
 
 PAPER = "https://arxiv.org/abs/2512.13043"
@@ -81,7 +81,7 @@ The agent's own episodes in the environment {{ settings.env.id }} (options below
 data was used in this stage.
 {% endif %}
 
-## Loading
+## Use
 
 {{ code }}
 
@@ -97,6 +97,27 @@ before you publish these files.
 {% endif %}
 """
 )
+
+EXAMPLE = """\
+import json
+
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+{imports}
+{model}
+processor = AutoProcessor.from_pretrained({name})  # Qwen's want torchvision
+
+frame, prompt = Image.open("frame.png"), "..."  # what the environment shows, and its prompt
+content = [{{"type": "image", "image": frame}}, {{"type": "text", "text": prompt}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+).to(model.device)
+sampling = dict(do_sample=True, top_p=1.0, {options})
+written = model.generate(**inputs, **sampling)[0, inputs["input_ids"].shape[1]:]
+reply = processor.decode(written, skip_special_tokens=True)
+print(json.loads(reply)["action"])  # a reply that is no JSON is an illegal action
+"""
 
 
 def escape(value: object) -> str:
@@ -165,7 +186,7 @@ def model_card(
         episodes=given.get("episodes"),
         results=_results(given, which),
         train_split=split or "none",
-        code=_code(base, adapter),
+        code=_code(base, adapter, shown["sampling"] if shown else asdict(SamplingConfig())),
         dumped=None
         if shown is None
         else fenced(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True), "yaml"),
@@ -226,25 +247,25 @@ def _results(summary: Mapping[str, Any], which: str) -> list[dict[str, str]]:
     return rows
 
 
-def _code(base: str, adapter: bool) -> Markup:
-    """Python that loads the files with stock libraries."""
-    name = json.dumps(without_paths(base))
-    start = "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
-    if model_folder(base) != base:
-        start += "from gtr_turbo.policy.starter import model_folder\n"
+def _code(base: str, adapter: bool, sampling: Mapping[str, Any]) -> Markup:
+    """Python that loads the files with stock libraries, and has one action written."""
+    imports, name = "", '"."'
+    if adapter:
+        imports, name = "from peft import PeftModel\n", json.dumps(without_paths(base))
+    if adapter and model_folder(base) != base:
+        imports += "from gtr_turbo.policy.starter import model_folder\n"
         name = f"model_folder({name})"
-    processor = "processor = AutoProcessor.from_pretrained({})  # Qwen's want torchvision\n"
-    if not adapter:
-        return fenced(
-            f'{start}\nmodel = AutoModelForImageTextToText.from_pretrained(".", dtype="auto")\n'
-            + processor.format('"."'),
-            "python",
-        )
+    loaded = f'AutoModelForImageTextToText.from_pretrained({name}, dtype="auto")'
+    model = f"model = {loaded}"
+    if adapter:
+        model = f'base = {loaded}\nmodel = PeftModel.from_pretrained(base, ".")'
+    given = {
+        key: sampling[key]
+        for key in ("max_new_tokens", "temperature", "top_k", "repetition_penalty")
+    }
+    options = ", ".join(f"{key}={value!r}" for key, value in given.items())
     return fenced(
-        f"from peft import PeftModel\n{start}\n"
-        f'base = AutoModelForImageTextToText.from_pretrained({name}, dtype="auto")\n'
-        'model = PeftModel.from_pretrained(base, ".")\n' + processor.format(name),
-        "python",
+        EXAMPLE.format(imports=imports, model=model, name=name, options=options), "python"
     )
 
 
