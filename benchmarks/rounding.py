@@ -12,6 +12,7 @@ apart; and `teacher/rounding`.
 from __future__ import annotations
 
 import argparse
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ STEPS = (1, 4, 8, 16, 32, 64)
 REPLIES = 16
 
 
-def policy(dtype: str) -> Policy:
+def policy(dtype: Literal["float32", "bfloat16"]) -> Policy:
     """The starter of EZPoints with adapters that change nothing yet."""
     model = ModelConfig(
         path="tiny-qwen3-vl",
