@@ -47,7 +47,7 @@ def check_device(device: str) -> None:
         reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
         raise ConfigError(
             f"model.device={device!r} cannot be used here: {reason}. Give cpu, or cuda or cuda:N where torch sees "
-            "a GPU; `gtr-turbo doctor` lists what it sees"
+            "a GPU (`gtr-turbo doctor` lists what it sees). A stored agent has it in its config.yaml or recipe.yaml"
         ) from error
 
 
