@@ -112,6 +112,7 @@ def check_fails(capsys, arguments, *parts, code=2):
         (["--env.options.split", "train"], ["set env.train_split and env.eval_split"]),
         (["--config", "ezpoint"], ["'ezpoint' is neither a file", "Did you mean 'ezpoints'?"]),
         (["--resume"], ["--resume needs --run DIR"]),
+        (["--resume", "--config", "points24"], ["--config points24 would be ignored: leave it out"]),
         (["surplus"], ["cannot read 'surplus'"]),
         (["--ppo.lr"], ["cannot read '--ppo.lr'"]),
         (["--ppo.lr", "[1"], ["value of --ppo.lr cannot be read"]),

@@ -47,22 +47,17 @@ def _new_run(config: TrainConfig) -> Path:
 def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Train an agent."""
     place = launch()
+    if options.resume and options.config:
+        raise ConfigError(
+            f"--resume reads the settings of the run, so --config {options.config} would be ignored: leave it out "
+            "and give what is to change as --group.name VALUE"
+        )
     options.resume = options.resume or _goes_on(options, place)
     over = read_overrides(rest)
     for key in ("run", "seed"):
         if getattr(options, key) is not None:
             over[key] = getattr(options, key)
-    stored = Path(options.run) / "config.yaml" if options.run else None
-    if options.resume:
-        if stored is None:
-            raise ConfigError("--resume needs --run DIR, the folder of the run to go on with")
-        if not stored.exists():
-            raise ConfigError(f"cannot resume: {stored} does not exist")
-    source = (
-        stored
-        if options.resume and stored is not None
-        else config_file(options.config or DEFAULT_CONFIG)
-    )
+    source = _stored(options) if options.resume else config_file(options.config or DEFAULT_CONFIG)
     settings = read_config(source)
     if not options.resume:
         settings.setdefault("name", source.stem)
@@ -91,6 +86,16 @@ def run_train(options: argparse.Namespace, rest: Sequence[str]) -> int:
         else:
             train(config, run, Unseen(), resume=options.resume, ranks=ranks)
     return 0
+
+
+def _stored(options: argparse.Namespace) -> Path:
+    """The settings of the run to go on with."""
+    if not options.run:
+        raise ConfigError("--resume needs --run DIR, the folder of the run to go on with")
+    stored = Path(options.run) / "config.yaml"
+    if not stored.exists():
+        raise ConfigError(f"cannot resume: {stored} does not exist")
+    return stored
 
 
 def _goes_on(options: argparse.Namespace, place: Launch) -> bool:
