@@ -83,6 +83,17 @@ VALID = {
         "2",
         '"action": "1", "action": "2"}',
     ),
+    # a repair reads these keys, so that no later text that looks like one is where the action begins
+    "curly quotes": (
+        '{“thoughts”: "a", “action”: "5", "why": "my action: 7"}',
+        "5",
+        'action”: "5", "why": "my action: 7"}',
+    ),
+    "missing colon": (
+        '{"thoughts": "a", "action" "5", "why": "my action: 7"}',
+        "5",
+        '"action" "5", "why": "my action: 7"}',
+    ),
     "empty action": ('{"thoughts": "a", "action": ""}', "", '"action": ""}'),
 }
 
@@ -104,6 +115,7 @@ INVALID = {
     "action before and after": '{"action": "1", "thoughts": "a", "action": "2"}',
     "thoughts before and after": '{"thoughts": "a", "action": "5", "thoughts": "b"}',
     "action hidden by an escape": r"""{"\u0061ction": "5", "thoughts": "'action':"}""",
+    "key that only a repair reads": r"""{'thoughts': 'a', "\u0061ction": '5', 'why': 'action: 7'}""",
     "action true": '{"thoughts": "a", "action": true}',
     "action null": '{"thoughts": "a", "action": null}',
     "action a list": '{"thoughts": "a", "action": ["5"]}',

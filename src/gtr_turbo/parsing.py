@@ -15,6 +15,7 @@ MAX_REPAIR = 20_000  # characters; a longer reply that is no JSON is not worth r
 MAX_OPEN = 200  # braces and brackets; a reply with more is refused, so that nothing nests deeply
 _COLON = re.compile(r"\s*:")
 _ACTION = re.compile(r"""["']?\baction["']?\s*:""")  # of replies that are not strict JSON
+_WORD = re.compile(r"""["']?\baction\b""")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +73,32 @@ def _load(text: str) -> tuple[Any, bool]:
         pass  # not strict JSON: repaired below, or None
     if len(text) > MAX_REPAIR or not text.rstrip("` \n\t").endswith("}"):
         return None, False
+    return _repaired(text), False
+
+
+def _repaired(text: str) -> Any:
+    """What `text` is as JSON once its faults are mended; None if they cannot be."""
     import json_repair
 
     try:
-        return json_repair.loads(text), False
+        return json_repair.loads(text)
     except (ValueError, RecursionError, IndexError, TypeError, KeyError, AttributeError):
-        return None, False
+        return None
+
+
+def _action_found(text: str) -> int:
+    """`_action_begins` of an object that had to be repaired: the first that looks like the member's key.
+
+    If the repair reads a key before it, as in `{“action”: "5", "why": "my action: 7"}`, the first such word.
+    """
+    for pattern in (_ACTION, _WORD):
+        match = pattern.search(text)
+        if match is None:
+            break
+        before = _repaired(text[: match.start()])
+        if not (isinstance(before, dict) and "action" in before):
+            return match.start()
+    return -1
 
 
 def parse(text: str, required: Sequence[str]) -> Parsed:
@@ -102,11 +123,7 @@ def parse(text: str, required: Sequence[str]) -> Parsed:
         return Parsed()
     if any(order.index(key) > order.index("action") for key in required):
         return Parsed()
-    if strict:
-        at = _action_begins(text[start:], required)
-    else:
-        match = _ACTION.search(text, start)
-        at = match.start() - start if match else -1
+    at = _action_begins(text[start:], required) if strict else _action_found(text[start:])
     if at < 0:
         return Parsed()
     return Parsed(
