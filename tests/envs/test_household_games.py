@@ -314,6 +314,7 @@ DAMAGED = {
         edit("pddl_problem", "isClean ?o", "isSliced ?o"),
         "none of the six task types",
     ),
+    "an empty goal": (edit("pddl_problem", "(:goal", "(:goal ()"), "none of the six task types"),
     "another command": (edit("grammar", '"open {r}"', '"unlock {r}"'), "OpenObject"),
     "code in a command": (
         edit("grammar", '"move {o} to {r}"', '"{o.__class__} {r}"'),

@@ -169,7 +169,7 @@ def _task(goal: Tree) -> Task:
     kinds = {
         (leaf[0], leaf[1]): kind_of(leaf[2])
         for leaf in _leaves(goal)
-        if leaf[0] in ("objectType", "receptacleType") and len(leaf) == 3
+        if len(leaf) == 3 and leaf[0] in ("objectType", "receptacleType")
     }
     wanted = kinds.get(("objectType", "?o"), kinds.get(("objectType", "?o1"), ""))
     lamp, home = kinds.get(("objectType", "?ot"), ""), kinds.get(("receptacleType", "?r"), "")
