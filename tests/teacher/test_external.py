@@ -875,6 +875,15 @@ def test_the_solver_as_a_tool():
     for granularity in ("token", "reduction", "formula"):
         assert solve(granularity, "A A A A", "") == {"reachable": False}
     assert solve("token", "7 5 9 8", "7*7") == {"reachable": False}
+    # brackets that need not be are no way lost
+    begun = solve("token", "3 8 2 2", "(3*8")
+    assert begun == {"reachable": True, "plan": "(3*8)+2-2=24", "next_action": ")"}
+    assert solve("token", "7 5 9 8", "((7+5-9)*8)")["next_action"] == "="
+    assert solve("token", "7 5 9 8", "(7*5") == {"reachable": False}
+    assert solve("token", "7 5 9 8", "7/(5-5") == {"reachable": False}
+    # 20 tokens are the most: of 7 with 6 pairs of brackets there are 19, with 7 pairs 21
+    assert solve("token", "3 8 2 2", "(" * 7)["reachable"] is False
+    assert solve("token", "3 8 2 2", "(" * 6)["plan"].count(")") == 6
 
 
 @pytest.mark.parametrize(
@@ -906,3 +915,19 @@ def test_the_tools_plans_are_exact_for_many_deals():
             tokens = grammar.tokenize(told["next_action"])
             assert grammar.evaluate(tokens) == Fraction(24)
             assert grammar.uses_exactly(tokens, values)
+
+
+@pytest.mark.parametrize("whole", ["((7+5)-9)*8", "8*(((7)+5)-9)", "((3*8)+2)-2", "(8/(3-(8/3)))"])
+def test_a_formula_can_be_continued_from_each_of_its_beginnings(whole):
+    from gtr_turbo.envs.cards import formula as grammar
+
+    (tool,) = make_env("Points24").get_wrapper_attr("tools")
+    tokens = grammar.tokenize(whole)
+    cards = [token for token in tokens if token.isdigit()]
+    for count in range(len(tokens) + 1):
+        begun = "".join(tokens[:count])
+        told = tool.run({"cards": cards, "formula": begun})
+        plan = told["plan"].removesuffix("=24")
+        assert plan.startswith(begun)
+        assert grammar.solves(grammar.tokenize(plan), list(map(int, cards)), 24)
+        assert told["next_action"] == [*grammar.tokenize(plan), "="][count]

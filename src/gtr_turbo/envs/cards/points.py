@@ -182,11 +182,8 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
         label = f"{self.name.lower()} {self.granularity}"
         if self.granularity == "formula":
             return label
-        if self.granularity == "reduction":
-            return f"{label} {self.formula_text()}" + (
-                f" ({show(self.left)})" if self.steps else ""
-            )
-        return f"{label} {self.formula_text()}"
+        left = f" ({show(self.left)})" if self.steps else ""
+        return f"{label} {self.formula_text()}{left}"
 
     def _full_prompt(self) -> str:
         letters = ("x", "y", "z", "w")[: len(self.cards)]
@@ -221,7 +218,8 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
     @property
     def tools(self) -> tuple[Tool, ...]:
         """The exact solver."""
-        return (solver(self.count, self.goal, self.operators, self.granularity),)
+        limits = self.granularity, self.max_length
+        return (solver(self.count, self.goal, self.operators, *limits),)
 
     # -- facts about a reply, and an expert ----------------------------------------------------
 

@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from gtr_turbo.envs.cards import drawing, formula
+from gtr_turbo.envs.cards.completion import complete
 from gtr_turbo.envs.cards.formula import Solution
 from gtr_turbo.envs.cards.plans import (
     as_formula,
@@ -84,8 +85,34 @@ def _told(found: tuple[str, str] | None) -> dict[str, Any]:
     return {"reachable": True, "plan": found[0], "next_action": found[1]}
 
 
-def solver(count: int, goal: int, operators: str, granularity: str) -> Tool:
-    """The tool of a game with `count` cards; what it says of a plan is what the agent's thought may say."""
+def continue_tokens(
+    numbers: Sequence[int], tokens: Sequence[str], goal: int, operators: str, most: int
+) -> tuple[str, str] | None:
+    """A whole formula that begins with `tokens` and has at most `most`, with its next token.
+
+    The shortest without a needless bracket, as the expert writes; if none begins so, the shortest there is.
+
+    Returns:
+        `("(7+5-9)*8=24", "-")` after `(7+5`; None if there is none.
+    """
+    for solution in fitting(tokens, numbers, goal, operators):
+        return f"{solution.formula}={goal}", [*solution.tokens, "="][len(tokens)]
+    rest = complete(tuple(tokens), tuple(sorted(numbers)), goal, operators, most)
+    if rest is None:
+        return None
+    return f"{''.join([*tokens, *rest])}={goal}", [*rest, "="][0]
+
+
+def solver(count: int, goal: int, operators: str, granularity: str, most: int) -> Tool:
+    """The tool of a game with `count` cards; what it says of a plan is what the agent's thought may say.
+
+    Args:
+        count: of cards.
+        goal: to reach.
+        operators: that the game has.
+        granularity: of the game's actions.
+        most: tokens that its formula may have.
+    """
 
     def run(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         cards, text = arguments["cards"], arguments["formula"]
@@ -96,8 +123,7 @@ def solver(count: int, goal: int, operators: str, granularity: str) -> Tool:
         numbers = [min(drawing.RANKS.index(card) + 1, 10) for card in cards]
         if granularity == "token":
             tokens = formula.tokenize(text)
-            best = next(iter(fitting(tokens, numbers, goal, operators)), None)
-            return _told(best and (f"{best.formula}={goal}", [*best.tokens, "="][len(tokens)]))
+            return _told(continue_tokens(numbers, tokens, goal, operators, most))
         way = continue_steps(numbers, text if granularity == "reduction" else "", goal, operators)
         return _told(way and (way[0], way[1] if granularity == "reduction" else way[2]))
 
