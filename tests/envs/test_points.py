@@ -521,6 +521,24 @@ def test_options_that_cannot_work_are_refused(options, message):
         make_env("Points24", **options)
 
 
+@pytest.mark.parametrize("name", ["NumberLine", "EZPoints", "Points24", "Blackjack"])
+@pytest.mark.parametrize("value", ["off", 0, None])
+def test_what_is_neither_true_nor_false_switches_nothing_on(name, value):
+    with pytest.raises(ContractError, match=f"{name}: early_truncation={value!r} must be true or"):
+        make_env(name, early_truncation=value)
+    if "Points" in name:
+        with pytest.raises(ContractError, match=f"solvable_only={value!r} must be true or false"):
+            make_env(name, solvable_only=value)
+
+
+@pytest.mark.parametrize(
+    "cards", [[Card(1, 1)] * 3, [Card(1, 1)] * 5, [(1, 1)] * 4, [Card(13, 0)] * 4, "4444"]
+)
+def test_cards_that_cannot_be_dealt_are_refused(cards):
+    with pytest.raises(ContractError, match=r"must be 4 of Card\(rank, suit\)"):
+        make_env("Points24").reset(seed=0, options={"cards": cards})
+
+
 def test_only_solvable_deals_are_dealt_when_asked():
     plain, filtered = make_env("Points24"), make_env("Points24", solvable_only=True)
     solvable = 0

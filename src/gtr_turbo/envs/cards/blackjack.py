@@ -56,6 +56,7 @@ class BlackjackEnv(gymnasium.Env[dict[str, Any], str]):
     ) -> None:
         self.render_mode = render_mode
         self._compact = prompts.check_style(prompt) == "compact"
+        deals.check_flags("Blackjack", early_truncation=early_truncation)
         self._early_truncation = early_truncation
         self._split = deals.check_split("Blackjack", split, ("all", "train", "held-out"))
         self.observation_space = observation_space(drawing.SIZE, drawing.SIZE)

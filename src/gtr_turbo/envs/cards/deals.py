@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
-from gtr_turbo.envs.cards.drawing import Card
+from gtr_turbo.envs.cards.drawing import RANKS, SUITS, Card
 from gtr_turbo.envs.contract import SPLITS, ContractError
 
 
@@ -18,6 +18,33 @@ def check_split(env: str, split: str, known: Sequence[str] = SPLITS) -> str:
     if split not in known:
         raise ContractError(f"{env}: split={split!r} is not one of {', '.join(known)}")
     return split
+
+
+def check_flags(env: str, **flags: bool) -> None:
+    """Refuse what is neither true nor false: the text "off" would switch an option on.
+
+    Raises:
+        ContractError: one of `flags` is no `bool`.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ContractError(f"{env}: {name}={value!r:.80} must be true or false")
+
+
+def check_cards(env: str, cards: Sequence[Card], count: int) -> list[Card]:
+    """Return `cards` as a list.
+
+    Raises:
+        ContractError: they are not `count` cards.
+    """
+    ranks, suits = range(len(RANKS)), range(len(SUITS))
+    right = [isinstance(c, Card) and c.rank in ranks and c.suit in suits for c in cards]
+    if right != [True] * count:
+        raise ContractError(
+            f"{env}: options['cards']={cards!r:.200} must be {count} of Card(rank, suit), with rank 0..12 and "
+            "suit 0..3"
+        )
+    return list(cards)
 
 
 def _hash(kind: str, numbers: Sequence[int]) -> int:

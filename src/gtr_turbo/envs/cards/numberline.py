@@ -48,6 +48,7 @@ class NumberLineEnv(gymnasium.Env[dict[str, Any], str]):
     ) -> None:
         self.render_mode = render_mode
         self._compact = prompts.check_style(prompt) == "compact"
+        deals.check_flags("NumberLine", early_truncation=early_truncation)
         self._early_truncation = early_truncation
         self._split = deals.check_split("NumberLine", split, ("all", "train", "held-out"))
         self.observation_space = observation_space(drawing.SIZE, drawing.SIZE)

@@ -64,6 +64,8 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
             )
         if not 0 <= solving <= 1:
             raise ContractError(f"solving={solving} must be a probability, between 0 and 1")
+        flags = {"early_truncation": early_truncation, "solvable_only": solvable_only}
+        deals.check_flags(self.name, **flags)
         self.render_mode = render_mode
         self._compact = prompts.check_style(prompt) == "compact"
         self.granularity = granularity
@@ -92,10 +94,11 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Deal the cards. `options={"cards": [Card, ...]}` sets them."""
+        """Deal the cards. `options={"cards": [Card, ...]}` sets them; a `ContractError` if they cannot be."""
         super().reset(seed=seed)
-        cards = list((options or {}).get("cards", ())) or self._deal()
-        while not (options or {}).get("cards") and not self._accepts(cards):
+        given = (options or {}).get("cards")
+        cards = deals.check_cards(self.name, given, self.count) if given else self._deal()
+        while not given and not self._accepts(cards):
             cards = self._deal()
         self.cards: list[Card] = cards
         self.tokens: list[str] = []
@@ -218,8 +221,7 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
     @property
     def tools(self) -> tuple[Tool, ...]:
         """The exact solver."""
-        limits = self.granularity, self.max_length
-        return (solver(self.count, self.goal, self.operators, *limits),)
+        return (solver(self.count, self.goal, self.operators, self.granularity, self.max_length),)
 
     # -- facts about a reply, and an expert ----------------------------------------------------
 
