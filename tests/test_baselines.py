@@ -296,6 +296,15 @@ def test_baselines_need_no_agent(capsys, monkeypatch):
         (["Errand-v0", "--baselines", "random,oracle"], "has no demonstrate(rng)"),
         (["Household", "--baselines", "expert"], "'expert' is not one of random, blind, oracle"),
         (["Household", "--baselines", "random", "--episodes", "0"], "must be at least 1"),
+        (["Household", "--baselines", "random", "--seed", "-1"], "--seed -1 must be at least 0"),
+        (
+            ["Household", "--baselines", "random", "--option", "names=["],
+            "'names=[': the value is no",
+        ),
+        (
+            ["Household", "--baselines", "random", "--records", "no/r.jsonl"],
+            "there is no such folder",
+        ),
     ],
 )
 def test_what_cannot_be_played_is_told_in_one_line(capsys, arguments, told):

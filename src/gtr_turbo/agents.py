@@ -128,6 +128,8 @@ def agent_of(options: argparse.Namespace) -> tuple[Policy | None, TrainConfig]:
     """
     if options.episodes < 1:
         raise ConfigError(f"--episodes {options.episodes} must be at least 1")
+    if options.seed is not None and options.seed < 0:
+        raise ConfigError(f"--seed {options.seed} must be at least 0")
     if options.agent and not options.env and is_environment(options.agent):
         options.env, options.agent = options.agent, None
     if options.agent:
@@ -182,7 +184,7 @@ def env_config(options: argparse.Namespace, config: TrainConfig) -> tuple[EnvCon
     """The environment with `--option` applied, and the split to play.
 
     Raises:
-        ConfigError: an option is not NAME=VALUE.
+        ConfigError: an option is not NAME=VALUE, or the value is no YAML.
     """
     import yaml
 
@@ -191,6 +193,10 @@ def env_config(options: argparse.Namespace, config: TrainConfig) -> tuple[EnvCon
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--option {text!r} must be NAME=VALUE")
-        given[key] = yaml.safe_load(value)
+        try:
+            given[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            told = " ".join(str(error).split())
+            raise ConfigError(f"--option {text!r}: the value is no YAML ({told})") from error
     env = replace(config.env, options={**config.env.options, **given})
     return env, None if options.split == "none" else options.split or env.eval_split

@@ -166,6 +166,8 @@ def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from gtr_turbo.baselines import measure, read_names
 
     baselines = read_names(options.baselines) if options.baselines is not None else ()
+    if options.records and not Path(options.records).absolute().parent.is_dir():
+        raise ConfigError(f"--records {options.records}: there is no such folder; make it first")
     policy, config = agent_of(options)
     if policy is not None:
         torch.set_num_threads(config.threads)
