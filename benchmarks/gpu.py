@@ -135,9 +135,10 @@ class Bench:
         self.weights = sum(p.nbytes for p in named.values())
         embeddings = self.policy._plain.get_input_embeddings().weight
         head = self.policy._plain.get_output_embeddings().weight
-        self.multiplied = self.parameters - embeddings.numel() - head.numel()
+        tied = head is embeddings  # counted once then, and read as the head
+        self.multiplied = self.parameters - embeddings.numel() - (0 if tied else head.numel())
         language = sum(p.nbytes for name, p in named.items() if not loading.is_vision(name))
-        self.read_per_token = language - embeddings.nbytes
+        self.read_per_token = language - (0 if tied else embeddings.nbytes)
 
     def observe(self, count: int) -> list[Any]:
         """`count` observations of the environment."""
