@@ -237,10 +237,12 @@ def measure_update(bench: Bench) -> dict[str, Any]:
 
     def step() -> None:
         policy.model.train()
-        score(policy, inputs).logprobs.sum().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        policy.model.eval()
+        try:
+            score(policy, inputs).logprobs.sum().backward()
+            optimizer.step()
+        finally:  # also where memory ran out: the next parts write replies
+            optimizer.zero_grad(set_to_none=True)
+            policy.model.eval()
 
     step()
     again = 2 if bench.config.model.gradient_checkpointing else 0
