@@ -16,6 +16,7 @@ import copy
 import gc
 import itertools
 import json
+import math
 import platform
 import tempfile
 import time
@@ -187,7 +188,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype, *, small: bool) -> 
 
 
 def measure_microbatch(bench: Bench) -> dict[str, Any]:
-    """What `ppo.microbatch_turns: auto` chooses; the parts below use it."""
+    """What `ppo.microbatch_turns: auto` chooses; the parts below use the largest number up to it that divides."""
     policy, ppo = bench.policy, replace(bench.config.ppo, microbatch_turns="auto")
     meter = CudaMeter(policy.device) if policy.device.type == "cuda" else None
     micro = Microbatch(ppo, print, meter)
@@ -195,7 +196,8 @@ def measure_microbatch(bench: Bench) -> dict[str, Any]:
     seconds = timed(
         lambda: micro.measure(policy, bench.observe(count), bench.tokens), policy.device
     )
-    bench.config = replace(bench.config, ppo=replace(ppo, microbatch_turns=micro.turns))
+    turns = max(n for n in range(1, micro.turns + 1) if count % n == 0)  # as a number given must
+    bench.config = replace(bench.config, ppo=replace(ppo, microbatch_turns=turns))
     return {"turns": micro.turns, "probe_seconds": seconds}
 
 
@@ -372,7 +374,9 @@ def recipe(name: str, *, small: bool, device: str, envs: int) -> TrainConfig:
     if small:
         own = replace(own, dtype="float32", lora_rank=4, lora_alpha=8)
     ppo = replace(
-        config.ppo, minibatch_turns=2 * envs, microbatch_turns=min(2 * envs, 4 if small else 64)
+        config.ppo,
+        minibatch_turns=2 * envs,
+        microbatch_turns=math.gcd(2 * envs, 4 if small else 64),
     )
     return replace(
         config,

@@ -96,3 +96,40 @@ def test_the_recipes_of_real_models_are_sound(name):
     fast = name.endswith("-fast")
     assert (config.ppo.ratio == "token") == fast
     assert (config.sampling.top_k == 0 and config.sampling.repetition_penalty == 1) == fast
+
+
+@pytest.fixture
+def bench(gpu, tmp_path):
+    """One of the models whose head is the embeddings, before any part."""
+    config = gpu.recipe("qwen3-vl-2b", small=True, device="cpu", envs=3)
+    policy = gpu.make_policy("qwen3-vl-2b", config, tmp_path, small=True)
+    return gpu.Bench(policy, config, {"matmul_tflop_s": 1.0}, 6, 1)
+
+
+def test_a_head_that_is_the_embeddings_is_counted_once_and_read(bench):
+    named = dict(bench.policy._plain.named_parameters())
+    shared = bench.policy._plain.get_input_embeddings().weight
+    assert shared is bench.policy._plain.get_output_embeddings().weight
+    language = sum(p.nbytes for name, p in named.items() if ".visual." not in name)
+    assert bench.multiplied == sum(p.numel() for p in named.values()) - 2048 * 64
+    assert bench.read_per_token == language
+
+
+def test_a_micro_batch_of_auto_that_does_not_divide_is_cut_to_one_that_does(
+    gpu, bench, monkeypatch
+):
+    monkeypatch.setattr(gpu.Microbatch, "measure", lambda self, *about: setattr(self, "turns", 4))
+    assert gpu.measure_microbatch(bench)["turns"] == 4  # of 6: parts of 4 and 2
+    assert bench.config.ppo.microbatch_turns == 3
+
+
+def test_the_model_writes_again_after_an_update_that_ran_out_of_memory(gpu, bench, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("out")
+
+    inputs = bench.inputs(2)
+    bench.inputs = lambda turns: inputs
+    monkeypatch.setattr(gpu, "score", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu.measure_update(bench)
+    assert not bench.policy.model.training
