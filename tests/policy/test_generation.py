@@ -132,3 +132,23 @@ def test_sampling_follows_the_temperature(policy):
     p = probability[token]
     share = (ids == token).float().mean()
     assert abs(share - p) < 4 * (p * (1 - p) / 500) ** 0.5  # four standard errors
+
+
+def test_the_padding_of_a_shorter_prompt_is_not_penalised(policy):
+    pad = policy.processor.pad_token_id
+
+    def padded(module, arguments, logits):
+        logits = logits.clone()
+        logits[..., pad] = logits.amax(-1).clamp(min=0) + 1
+        return logits
+
+    policy._plain.get_output_embeddings().register_forward_hook(padded)
+    observed = observations(policy, 3)
+    lengths = [len(o.prompt_ids) for o in observed]
+    assert min(lengths) < max(lengths)
+    assert not any(pad in o.prompt_ids for o in observed)
+    together = write(policy, observed, greedy=True, repetition_penalty=100.0)
+    assert [row[0] for row in together] == [pad] * 3
+    for i, row in enumerate(together):
+        alone = write(policy, observed[i : i + 1], greedy=True, repetition_penalty=100.0)
+        assert alone == [row]

@@ -87,6 +87,7 @@ def generate(
     lengths = torch.zeros(batch, dtype=torch.long)
     rows = torch.arange(batch)  # which reply each row of the running batch writes
     seen = inputs.prompt_ids.to(device)
+    seen = torch.where(mask.bool(), seen, seen[:, -1:])  # padding was not: a token that was, twice
     multimodal = positions.ndim == 3
     last = positions.amax(dim=(0, 2)) if multimodal else positions[:, -1]  # (B,)
     for step in range(sampling.max_new_tokens):
