@@ -135,7 +135,7 @@ def test_the_published_run_by_hand(seven):
 def test_vllm_takes_its_share_always_or_asleep_while_replies_are_written():
     def plan(**vllm):
         rollout = {"engine": "vllm", "vllm": {"gpu_memory": 0.4, **vllm}}
-        over = {"model": {"vision": "frozen"}, "rollout": rollout}
+        over = {"model": {"vision": "frozen"}, "rollout": rollout, "eval": {"episodes": 0}}
         return make_plan(recipe("points24-qwen2.5-vl-7b", **over), gpus="1x80GB").memory
 
     awake, asleep, elsewhere = plan(), plan(sleep=True), plan(base_url="http://h:1")
@@ -144,6 +144,42 @@ def test_vllm_takes_its_share_always_or_asleep_while_replies_are_written():
     assert "vLLM" not in {**asleep.always, **elsewhere.always, **elsewhere.generation}
     assert asleep.host["vLLM's weights, asleep"] == asleep.always["weights"]
     assert asleep.microbatch > awake.microbatch
+
+
+def test_beside_vllm_the_trainer_writes_what_is_the_merges():
+    def plan(engine, **over):
+        over = {"model": {"vision": "frozen"}, **over}
+        rollout = {"rollout": {"engine": engine, **over.pop("rollout", {})}}
+        return make_plan(recipe("points24-qwen2.5-vl-7b", **over, **rollout), gpus="1x80GB").memory
+
+    own, quiet = plan("hf").generation, {"eval": {"episodes": 0}}
+    assert plan("vllm").generation == own  # evaluations of the merge
+    thoughts = {"guidance": {"kind": "sft", "imitation": {"samples": 32}}}
+    cache, half = (
+        m["key-value cache"] for m in (own, plan("vllm", **quiet, **thoughts).generation)
+    )
+    assert half == cache / 2  # of 64 environments
+    cut = {"rollout": {"vllm": {"teacher_rank": 128}}}
+    assert plan("vllm", **quiet, **thoughts, **cut).generation == {}
+
+
+def test_what_the_teacher_writes_and_the_agent_imitates_takes_time(seven):
+    sft = make_plan(
+        recipe("points24-qwen2.5-vl-7b", guidance={"kind": "sft"}), gpus="1x80GB"
+    ).seconds
+    swap = seven.seconds["ask the teacher"] - seven.seconds["score again"]
+    # as many at once, and as often, as the agent's replies
+    assert sft["write the teacher's thoughts"] == pytest.approx(sft["write replies"] + swap)
+    # 64 in each of 32 steps, beside 4 times 1,024 turns
+    assert sft["learn"] == pytest.approx(1.5 * seven.seconds["learn"])
+    assert sft["ask the teacher"] == seven.seconds["ask the teacher"]  # guidance.monitor
+    assert seven.seconds["write the teacher's thoughts"] == 0
+    external = make_plan(
+        recipe("points24-qwen2.5-vl-7b", guidance={"kind": "external", "external": {"model": "m"}}),
+        gpus="1x80GB",
+    )
+    assert external.seconds["learn"] == sft["learn"]
+    assert any("corrector's answers" in text for text in external.assumptions)
 
 
 def test_a_teacher_cut_to_twice_the_agents_rank_takes_twice_its_adapters_on_the_host():

@@ -136,6 +136,9 @@ def plan_memory(
     cut = learned * (config.teacher_rank or 0) // config.model.lora_rank
     most = config.ppo.minibatch_turns // ranks
     gradients = trained_bytes(shadow)
+    rows = _written_here(config, ranks)
+    writing = generation_bytes(shadow, lengths, rows) if rows else {}
+    generation = max(sleeper, writing, key=lambda parts: sum(parts.values()))
 
     def memory(turns: int) -> Memory:
         weight = 4 if config.teacher.method == "linear" else 16
@@ -145,9 +148,7 @@ def plan_memory(
             always=always,
             update={"gradients": gradients, **update_bytes(shadow, lengths, turns)},
             step={"gradients": gradients, "working memory of Adam": trained_bytes(shadow)},
-            generation=sleeper
-            if served
-            else generation_bytes(shadow, lengths, config.env.num_envs // ranks),
+            generation=generation,
             host={
                 "the teacher": copies,
                 "the agent's own weights": copies if lora else 2 * copies,
@@ -166,6 +167,16 @@ def plan_memory(
     fitting = [n for n in range(1, most + 1) if most % n == 0]
     fits = [n for n in fitting if not size or sum(memory(n).update.values()) <= room]
     return memory(max(fits, default=1) if size else min(64, most))
+
+
+def _written_here(config: TrainConfig, ranks: int) -> int:
+    """Replies that the trainer writes at once, at most; vLLM leaves it the merge's, of evaluations and thoughts."""
+    rows = config.env.num_envs // ranks
+    thoughts = config.guidance.kind == "sft" and config.teacher_rank is None
+    evaluated = config.eval.episodes or config.eval.interval
+    most = min(config.guidance.imitation.samples, rows * config.rollout.turns_per_env)
+    agents = config.rollout.engine == "hf" or bool(evaluated)
+    return max(rows if agents else 0, most if thoughts else 0)
 
 
 def _features(shadow: Shadow, config: TrainConfig, lengths: Lengths, ranks: int) -> int:

@@ -227,7 +227,7 @@ def make_plan(
         hours=total,
         dollars=None if dollars_per_hour is None else dollars_per_hour * ranks * total,
         host_bytes=local * sum(memory.host.values()) + memory.history,
-        assumptions=[*notes, *_assumptions(rates, ranks)],
+        assumptions=[*notes, *_assumptions(config, rates, ranks)],
         advice=[],
     )
     if plan.fits:
@@ -235,7 +235,7 @@ def make_plan(
     return replace(plan, advice=list(_advice(plan)))
 
 
-def _assumptions(rates: Rates, ranks: int) -> Iterator[str]:
+def _assumptions(config: TrainConfig, rates: Rates, ranks: int) -> Iterator[str]:
     if rates.measured:
         yield f"rates: {rates.source}"
     else:
@@ -247,6 +247,10 @@ def _assumptions(rates: Rates, ranks: int) -> Iterator[str]:
         )
     yield "every reply is as long as sampling.max_new_tokens"
     yield "environments, evaluations and checkpoints take no time"
+    if config.guidance.kind == "sft":
+        yield "the teacher writes a thought for every turn, at the first try"
+    if config.guidance.kind == "external":
+        yield "the corrector's answers take no time"
     if ranks > 1:
         yield (
             f"the {ranks} GPUs each hold the whole model and share environments and minibatches; gradients travel "

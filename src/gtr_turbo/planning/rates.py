@@ -117,14 +117,18 @@ def update_seconds(
     flops = rates.matmul_tflop_s * 1e12
     scoring = once / (flops * rates.scoring_share)
     factor = 2 + (config.model.gradient_checkpointing) + (config.model.train == "full")
-    passes = config.ppo.epochs * factor * once
+    steps = config.ppo.epochs * config.turns_per_update // config.ppo.minibatch_turns
+    learned = config.ppo.epochs * turns
+    if config.guidance.kind in ("sft", "external"):  # collected thoughts join each step
+        learned += steps * config.guidance.imitation.samples / ranks
+    passes = factor * once / turns * learned
     guided = config.guidance.kind in ("kl", "static") or config.guidance.monitor
     again = config.rollout.rescore or config.rollout.engine == "vllm"
     moved = 2 * shadow.exchanged * shadow.itemsize / (rates.bus_gb_s * 1e9)
-    steps = config.ppo.epochs * config.turns_per_update // config.ppo.minibatch_turns
     reduced = 2 * trained_bytes(shadow) * (ranks - 1) / ranks / (rates.network_gb_s * 1e9)
     return {
-        "write replies": _writing(shadow, config, lengths, rates, ranks),
+        "write replies": _agents_replies(shadow, config, lengths, rates, ranks),
+        "write the teacher's thoughts": _thoughts(shadow, config, lengths, rates, turns, moved),
         "score again": scoring if again else 0.0,
         "ask the teacher": scoring + moved if guided else 0.0,
         "learn": passes / (flops * rates.update_share),
@@ -140,11 +144,33 @@ def _gone_through(config: TrainConfig) -> float:
     return (config.num_updates + 1) / 2 / config.teacher.interval
 
 
-def _writing(
+def _agents_replies(
     shadow: Shadow, config: TrainConfig, lengths: Lengths, rates: Rates, ranks: int
 ) -> float:
-    """Seconds in which all replies of an update are written, prompts included."""
-    rows = config.env.num_envs / ranks
+    """Seconds in which all replies of an update are written, one turn after the other."""
+    rows, ours = config.env.num_envs / ranks, config.rollout.engine == "hf"
+    return config.rollout.turns_per_env * _writing(shadow, lengths, rates, rows, ours=ours)
+
+
+def _thoughts(
+    shadow: Shadow, config: TrainConfig, lengths: Lengths, rates: Rates, turns: float, moved: float
+) -> float:
+    """The same of the merge's thoughts with `guidance.kind: sft`, one for each of a rank's turns.
+
+    The trainer writes `imitation.samples` at once, after the teacher was put in place in `moved` seconds; vLLM
+    as many as there are requests in flight.
+    """
+    if config.guidance.kind != "sft":
+        return 0.0
+    ours = config.teacher_rank is None
+    most = config.guidance.imitation.samples if ours else config.rollout.vllm.concurrency
+    rows = min(most, turns)
+    written = turns / rows * _writing(shadow, lengths, rates, rows, ours=ours)
+    return written + (moved if ours else 0.0)
+
+
+def _writing(shadow: Shadow, lengths: Lengths, rates: Rates, rows: float, *, ours: bool) -> float:
+    """Seconds in which `rows` replies are written side by side, prompts included; `ours`: in the trainer."""
     flops = rates.matmul_tflop_s * 1e12 * rates.scoring_share
     image = lengths.image * shadow.architecture.vision_config.spatial_merge_size**2
     prompt = 2 * (shadow.language_weights * lengths.prompt + shadow.vision_weights * image) * rows
@@ -152,9 +178,9 @@ def _writing(
     cache = rows * (lengths.prompt + lengths.reply / 2) * shadow.key_values
     reading = (weights + cache) / (rates.memory_gb_s * 1e9 * rates.memory_share)
     products = 2 * (shadow.language_weights + shadow.head) * rows / flops
-    launching = len(shadow.layers) * rates.layer_ms / 1e3 if config.rollout.engine == "hf" else 0.0
+    launching = len(shadow.layers) * rates.layer_ms / 1e3 if ours else 0.0
     step: float = max(reading, products, launching)
-    total: float = config.rollout.turns_per_env * (prompt / flops + lengths.reply * step)
+    total: float = prompt / flops + lengths.reply * step
     return total
 
 
