@@ -104,7 +104,8 @@ def test_an_own_vllm_sees_the_gpu_of_its_rank(monkeypatch, tmp_path):
     assert own_environment(None)["CUDA_VISIBLE_DEVICES"] == "3,GPU-5f"
     assert not {"WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"} & set(own_environment(0))
     config = config_of("x", python="python")
-    for ranks, gpu in ((Ranks(1, 2, "cuda:1"), 1), (Ranks(1, 2, "cpu"), None), (Ranks(), None)):
+    alone = ((Ranks(device="cuda"), None), (Ranks(device="cuda:1"), 1), (Ranks(), None))
+    for ranks, gpu in ((Ranks(1, 2, "cuda:1"), 1), (Ranks(1, 2, "cpu"), None), *alone):
         assert Link(config, ranks, 4, tmp_path, print).server._gpu == gpu
 
 

@@ -44,7 +44,7 @@ class Link:
 
         Args:
             config: of the run.
-            ranks: with several, an own vLLM sees the GPU of its rank only.
+            ranks: an own vLLM sees the GPU of its rank only, if the device has a number.
             lora_rank: the largest of the adapters.
             folder: of an own vLLM's log.
             note: told of outages that are outlasted.
@@ -60,7 +60,7 @@ class Link:
         self._adapters: dict[str, Path] = {}
         if self.address is None:
             kind = Server if self._config.mode == "server" else Resident
-            gpu = torch.device(ranks.device).index if ranks.world > 1 else None
+            gpu = torch.device(ranks.device).index
             self.server = kind(config.model, self._config, lora_rank, folder, gpu)
         else:
             self.client = Client(self.address, self._config.timeout_s)
