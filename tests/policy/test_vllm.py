@@ -276,6 +276,20 @@ def test_a_changed_adapter_is_sent_under_a_new_name_and_the_old_one_goes(policy,
     assert os.listdir(tmp_path / "vllm") == []
 
 
+def test_adapters_that_a_killed_run_left_are_removed(policy, behind, tmp_path):
+    for left in ("student-0123456789abcdef", "teacher-0123456789abcdef.part"):
+        (tmp_path / "vllm" / left).mkdir(parents=True)
+        (tmp_path / "vllm" / left / "adapter_model.safetensors").write_bytes(b"x")
+    (tmp_path / "vllm" / "server.log").write_text("kept")
+    with serving(behind) as server:
+        engine = engine_for(policy, server.url, tmp_path)
+        engine.refresh()
+        (name,) = server.loaded
+        assert sorted(os.listdir(tmp_path / "vllm")) == ["server.log", name]
+        engine.close()
+    assert os.listdir(tmp_path / "vllm") == ["server.log"]
+
+
 def test_a_server_that_takes_an_adapter_and_ignores_it_is_found_out(policy, behind, tmp_path):
     with serving(behind) as server:
         engine = engine_for(policy, server.url, tmp_path)
@@ -285,6 +299,9 @@ def test_a_server_that_takes_an_adapter_and_ignores_it_is_found_out(policy, behi
         perturb(policy, scale=0.05, seed=1)
         with pytest.raises(EngineError, match=r"still writes with the old weights.*vLLM's by 0\b"):
             engine.refresh()
+        assert len(os.listdir(tmp_path / "vllm")) == 2
+        engine.close()
+    assert os.listdir(tmp_path / "vllm") == []
 
 
 def test_whether_the_server_moved_by_hand():

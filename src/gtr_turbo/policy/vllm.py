@@ -104,8 +104,8 @@ class VllmEngine:
             return
         began = time.monotonic()
         path, part = self._folder / name, self._folder / f"{name}.part"
-        for left in (path, part):  # by a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        if not self._names:  # a run that was killed may have left some
+            self._remove_adapters()
         write(part)
         os.replace(part, path)
         self._link.load(name, path)
@@ -391,5 +391,9 @@ class VllmEngine:
     def close(self) -> None:
         """Stop vLLM, if it is ours, and remove the adapters that only it read."""
         self._link.close()
-        for name in self._names.values():
-            shutil.rmtree(self._folder / name, ignore_errors=True)
+        self._remove_adapters()
+
+    def _remove_adapters(self) -> None:
+        """Remove all adapters' files in our folder, finished or not."""
+        for path in (*self._folder.glob("student-*"), *self._folder.glob("teacher-*")):
+            shutil.rmtree(path, ignore_errors=True)
