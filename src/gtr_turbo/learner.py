@@ -129,7 +129,12 @@ class Learner:
             )
         clock.lap("collect")
         batch = make_batch(turns, self._own_envs, policy.processor.pad_token_id)
-        self._micro.measure(policy, batch.inputs.observed, config.sampling.max_new_tokens)
+        self._micro.measure(
+            policy,
+            batch.inputs.observed,
+            config.sampling.max_new_tokens,
+            moments=bool(self._optimizer.state),
+        )
         played = batch
         with policy.whole():
             batch = self._micro.attempt(

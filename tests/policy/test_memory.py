@@ -67,6 +67,9 @@ def test_auto_fills_the_room_it_measured_and_no_more(tiny):
         assert all(p.grad is None for p in policy.trained().values())
         micro.measure(policy, observed, 2000)  # once only
         assert micro.turns == 4
+        resumed = Microbatch(AUTO, pytest.fail, Counted(counter, room / USED))
+        resumed.measure(policy, observed, 20, moments=True)
+        assert resumed.turns == 4
         small = Microbatch(AUTO, pytest.fail, Counted(counter, moments))
         small.measure(policy, observed, 20)
         assert small.turns == 1

@@ -109,11 +109,13 @@ class Microbatch:
         self._meter = meter if given == "auto" else None
         self._note, self._ranks, self._sharded = note, ranks, sharded
 
-    def measure(self, policy: Policy, observed: Sequence[Observed], length: int) -> None:
+    def measure(
+        self, policy: Policy, observed: Sequence[Observed], length: int, *, moments: bool = False
+    ) -> None:
         """Once, for `auto` on a GPU: the longest prompts with replies of `length` tokens, forward and backward.
 
-        Room is kept for Adam's two moments, which the first optimizer step makes. Ranks take the least that one
-        of them has room for.
+        Room is kept for Adam's two moments, which the first optimizer step makes, unless they are there (`moments`:
+        a resumed run has them). Ranks take the least that one of them has room for.
 
         Raises:
             torch.OutOfMemoryError: of sharded weights, whose passes all ranks make together.
@@ -134,7 +136,8 @@ class Microbatch:
         try:
             took(1)  # makes the gradients' memory
             one = took(1)
-            room = USED * meter.free() - 2 * sum(local(p).nbytes for p in policy.trained().values())
+            adam = 0 if moments else 2 * sum(local(p).nbytes for p in policy.trained().values())
+            room = USED * meter.free() - adam
             self.turns = 1
             if len(longest) > 1:
                 several = took(len(longest))
