@@ -1,8 +1,11 @@
-"""Frames become the pixels that the stock image processor makes, to the bit."""
+"""Frames become the pixels, and prompts the ids, that the stock processors make."""
 
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoProcessor, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.processing import Processor
@@ -35,3 +38,39 @@ def test_a_lone_surrogate_in_a_prompt_is_a_question_mark():
     assert processor.clean(prompts[2]) == prompts[2]
     assert len(whole)
     assert processor.reply_ids("\ud83c").tolist() == processor.reply_ids("?").tolist()
+
+
+def test_another_models_prompt_begins_once_as_its_own_processor_makes_it(tmp_path):
+    words = starter.tokenizer()
+    words.add_special_tokens({"bos_token": "<s>"})
+    first = [("<s>", words.bos_token_id)]
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=first
+    )
+    template = (
+        "{{ bos_token }}{% for part in messages[0].content %}"
+        "{% if part.type == 'image' %}<|image_pad|>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    )
+    size = {"height": 28, "width": 28}
+    images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=size)
+    LlavaProcessor(
+        images, words, patch_size=14, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, image_token="<|image_pad|>", chat_template=template,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    stock = AutoProcessor.from_pretrained(tmp_path)
+    frame, texts = np.zeros((30, 30, 3), np.uint8), ["one", "one two three"]
+    for text, row in zip(
+        texts, Processor(tmp_path, "llava").encode([frame] * 2, texts), strict=True
+    ):
+        content = [
+            {"type": "image", "image": Image.fromarray(frame)},
+            {"type": "text", "text": text},
+        ]
+        theirs = stock.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        assert row.tolist() == theirs["input_ids"][0].tolist()
+        assert row.tolist().count(words.bos_token_id) == 1

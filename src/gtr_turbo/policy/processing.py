@@ -153,7 +153,15 @@ class Processor:
         texts = [self._chat(self.clean(prompt)) for prompt in prompts]
         if not self.native:
             images = [[Image.fromarray(frame)] for frame in frames]
-            encoded = self._stock(text=texts, images=images, padding=True, return_tensors="pt")
+            first = self.tokenizer.bos_token
+            begun = first is not None and texts[0].startswith(first)  # the template wrote it
+            encoded = self._stock(
+                text=texts,
+                images=images,
+                padding=True,
+                return_tensors="pt",
+                add_special_tokens=not begun,
+            )
             rows = zip(encoded["input_ids"], encoded["attention_mask"].bool(), strict=True)
             return [row[keep] for row, keep in rows]
         merge = self.image_processor.merge_size**2
