@@ -1,10 +1,16 @@
 import pytest
 import torch
-from transformers import RepetitionPenaltyLogitsProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen3_5Config,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from gtr_turbo.config import SamplingConfig
+from gtr_turbo.policy import model, starter
 from gtr_turbo.policy.generation import generate, warp
-from tiny import make_policy, observations, perturb
+from gtr_turbo.policy.scoring import score
+from tiny import inputs_of, make_policy, observations, perturb
 
 
 @pytest.fixture
@@ -152,3 +158,44 @@ def test_the_padding_of_a_shorter_prompt_is_not_penalised(policy):
     for i, row in enumerate(together):
         alone = write(policy, observed[i : i + 1], greedy=True, repetition_penalty=100.0)
         assert alone == [row]
+
+
+@torch.no_grad()
+def test_a_row_leaves_a_cache_of_linear_attention_too(tiny25, monkeypatch):
+    """Qwen3.5: three of four layers keep a state, not keys and values."""
+    words = starter.tokenizer()
+    kinds = ("image_pad", "video_pad", "vision_start", "vision_end")
+    special = {
+        f"{kind.removesuffix('_pad')}_token_id": words.convert_tokens_to_ids(f"<|{kind}|>")
+        for kind in kinds
+    }
+    rope = {
+        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6],
+        "mrope_interleaved": True, "partial_rotary_factor": 1.0,
+    }  # fmt: skip
+    text = {
+        "vocab_size": len(words), "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "rope_parameters": rope,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "patch_size": 14,
+        "out_hidden_size": 64, "num_position_embeddings": 64,
+    }  # fmt: skip
+    config = Qwen3_5Config(text_config=text, vision_config=vision, **special)
+    torch.manual_seed(0)
+    base = AutoModelForImageTextToText.from_config(config)
+    monkeypatch.setattr(model, "load", lambda _: base)
+    policy = make_policy(tiny25, temperature=1.0)
+    perturb(policy)
+    observed = observations(policy, 4)
+    policy.processor.end_token_id = write(policy, observed)[1][2]
+    written = generate(
+        policy, observed, SamplingConfig(max_new_tokens=6), torch.Generator().manual_seed(0)
+    )
+    lengths = [len(reply.response_ids) for reply in written]
+    assert min(lengths) < max(lengths) == 6
+    scored = score(policy, inputs_of(policy, observed, [r.response_ids for r in written])).logprobs
+    for row, reply, length in zip(scored, written, lengths, strict=True):
+        assert torch.allclose(row[:length], reply.logprobs, atol=1e-4)

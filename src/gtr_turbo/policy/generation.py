@@ -104,7 +104,7 @@ def generate(
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         last = last + 1
         if not running.all():
-            cache.batch_select_indices(running.nonzero().squeeze(1))
+            cache.reorder_cache(running.nonzero().squeeze(1))  # layers of every kind know it
             rows, token, last = rows[running.cpu()], token[running], last[running]
             seen, mask = seen[running], mask[running]
         output, _ = policy.forward_hidden(
