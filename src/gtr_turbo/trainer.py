@@ -92,6 +92,7 @@ def train(
             settings or models differ between ranks.
     """
     ranks.agree("settings", asdict(config))
+    ranks.agree("views of the run folder (some resume, some begin)", resume)
     if ranks.world > 1:
         config = replace(config, model=replace(config.model, device=ranks.device))
     if config.guidance.kind == "external" and ranks.first:

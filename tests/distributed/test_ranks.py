@@ -1,5 +1,6 @@
 """Two processes beside one: same turns, same update; checkpoints, evaluations, and ranks that die."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from gtr_turbo.cli import main
 from gtr_turbo.config import DistributedConfig, EnvConfig, ModelConfig, RolloutConfig, VllmConfig
 from gtr_turbo.distributed import launch as launching
 from gtr_turbo.distributed.launch import Launch, launch
+from gtr_turbo.distributed.ranks import Ranks
 from gtr_turbo.settings import dump_config
 from gtr_turbo.teacher.collection import Memory
 from gtr_turbo.teaching_config import ExternalConfig, GuidanceConfig
@@ -322,6 +324,21 @@ def test_only_training_takes_several_ranks(among, capsys):
     among(0, 2)
     assert main(["eval", "tiny-qwen3-vl"]) == 2
     assert "eval runs in one process (WORLD_SIZE=2)" in capsys.readouterr().err
+
+
+def test_ranks_of_which_only_some_resume_are_refused(tmp_path):
+    """A restarted job on machines without a common disk."""
+
+    class Resuming(Ranks):
+        def gather(self, value):
+            digest = hashlib.sha256(json.dumps(True).encode()).hexdigest()
+            compared.append(value)  # the settings, then whether to resume
+            return [value, value if len(compared) == 1 else digest]
+
+    compared = []
+    with pytest.raises(ConfigError, match=r"rank 0 and rank 1 have different views of the run fol"):
+        trainer.train(settings("x"), tmp_path, Silent(), ranks=Resuming())
+    assert not list(tmp_path.iterdir())
 
 
 def test_restarts_need_a_run_folder(among, capsys):
