@@ -8,6 +8,8 @@ off, as in our recipes, sampler and policy are the same distribution.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -104,7 +106,8 @@ def generate(
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         last = last + 1
         if not running.all():
-            cache.reorder_cache(running.nonzero().squeeze(1))  # layers of every kind know it
+            kept: Any = running.nonzero().squeeze(1)
+            cache.reorder_cache(kept)  # layers of every kind know it
             rows, token, last = rows[running.cpu()], token[running], last[running]
             seen, mask = seen[running], mask[running]
         output, _ = policy.forward_hidden(
