@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -450,6 +451,33 @@ def test_what_exists_is_not_overwritten(tmp_path, kind):
     with pytest.raises(MergeError, match=r"out exists already"), new_folder(out):
         pytest.fail("the block ran")
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_names_the_folder_it_leads_to(tmp_path, exists):
+    there = tmp_path / "disk" / "there"
+    there.parent.mkdir()
+    if exists:
+        there.mkdir()
+    (tmp_path / "out").symlink_to(there)
+    with new_folder(tmp_path / "out") as folder:
+        assert folder.parent == there.parent  # a rename does not reach another disk
+        (folder / "x").write_text("new")
+    assert (tmp_path / "out").is_symlink()
+    assert (there / "x").read_text() == "new"
+    assert list(there.parent.iterdir()) == [there]
+
+
+@pytest.mark.parametrize("mounted", [True, False])
+def test_a_folder_that_cannot_be_replaced_is_refused_first(tmp_path, monkeypatch, mounted):
+    monkeypatch.chdir(tmp_path)
+    out = Path("volume" if mounted else ".")
+    out.mkdir(exist_ok=True)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(MergeError, match="a folder inside it"), new_folder(out):
+        raise AssertionError("it began")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_appears_meanwhile_is_not_overwritten(tmp_path):

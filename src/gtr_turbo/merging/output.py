@@ -149,10 +149,17 @@ def new_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` if the block ends well, and vanishes if not.
 
     Raises:
-        MergeError: `out` exists and is not an empty folder, or its parent cannot be written.
+        MergeError: `out` exists and is not an empty folder that can be replaced, or its parent cannot be
+            written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MergeError(f"{out} exists already; nothing is overwritten. Give another folder.")
+    out = Path(os.path.realpath(out))  # of a link, the folder that it means
+    if out.exists() and (out.is_mount() or out.samefile(Path.cwd())):
+        raise MergeError(
+            f"{out} is a mount point or the folder you are in, and cannot be replaced by the result; give a "
+            "folder inside it"
+        )
     missing = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
