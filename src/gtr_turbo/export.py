@@ -164,8 +164,6 @@ def export(
         shard_bytes=shard_bytes,
         progress=progress,
     )
-    if dtype is not None:
-        _set_dtype(out / "config.json", dtype)
     text = model_card(
         base=source.base or name or "not known",
         which=source.which,
@@ -196,14 +194,3 @@ def _same_base(base: str, source: Source) -> None:
             f"{source.weights} is an adapter of {source.base}, not of {base}: on another base it means nothing. "
             "Drop --base, or give a folder that holds its base"
         )
-
-
-def _set_dtype(file: Path, dtype: str) -> None:
-    """Make `config.json` say what the weights are, wherever it says it."""
-    config = json.loads(file.read_text(encoding="utf-8"))
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = dtype
-    for part in config.values():
-        if isinstance(part, dict) and key in part:
-            part[key] = dtype
-    checkpoint.write_atomically(file, json.dumps(config, indent=2) + "\n")

@@ -219,6 +219,21 @@ def test_dense_has_the_type_of_the_base_or_the_one_that_was_asked_for(tmp_path, 
         torch.testing.assert_close(tensor, before[name].float() + change, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_a_merge_loads_in_stock_transformers_in_the_type_it_was_written_in(tmp_path, kind):
+    other = "bfloat16" if kind == "float32" else "float32"
+    origin = llama(tmp_path / "base", dtype=getattr(torch, other))
+    config = json.loads((origin / "config.json").read_text())
+    assert config["dtype"] == other
+    tensors = {name: t.to(getattr(torch, kind)) for name, t in load(origin).items()}
+    paths = [save(tmp_path / str(k), tensors) for k in range(2)]
+    merge(paths, tmp_path / "out", base=origin)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert {str(p.dtype) for p in model.parameters()} == {f"torch.{kind}"}
+    found = json.loads((tmp_path / "out/config.json").read_text())
+    assert found == config | {"dtype": kind}
+
+
 def is_target(name):
     return any(f"{target}.weight" in name for target in TARGETS)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from gtr_turbo.merging.output import Writer, copy_companions, new_folder
+from gtr_turbo.merging.output import Writer, copy_companions, new_folder, state_dtype
 from gtr_turbo.merging.shards import Checkpoint, MergeError
 
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -567,3 +567,24 @@ def test_companions_are_copied_but_no_weights_and_no_folders(tmp_path):
     copy_companions(source, target)
     assert sorted(path.name for path in target.iterdir()) == sorted(kept)
     assert all((target / name).read_text() == name for name in kept)
+
+
+def test_a_config_names_the_type_wherever_it_names_one(tmp_path):
+    file = tmp_path / "config.json"
+    parts = {"vision_config": {"torch_dtype": "bfloat16", "depth": 2}, "text_config": {"depth": 4}}
+    file.write_text(json.dumps({"dtype": "bfloat16", **parts}))
+    state_dtype(file, "float32")
+    parts["vision_config"]["torch_dtype"] = "float32"
+    assert json.loads(file.read_text()) == {"dtype": "float32", **parts}
+
+
+@pytest.mark.parametrize(
+    "text", ['{"depth": 1}', '{"dtype":null}', '{"dtype":"float32"}', "[1]", "{"]
+)
+def test_a_config_that_names_no_other_type_is_left_alone(tmp_path, text):
+    file = tmp_path / "config.json"
+    state_dtype(file, "float32")
+    assert not file.exists()
+    file.write_text(text)
+    state_dtype(file, "float32")
+    assert file.read_text() == text

@@ -24,7 +24,7 @@ from gtr_turbo.merging import lora
 from gtr_turbo.merging.jobs import CHUNK, KEEP, Context, Job, full_jobs
 from gtr_turbo.merging.lora_jobs import lora_jobs
 from gtr_turbo.merging.methods import METHODS, Recipe, ema, sma
-from gtr_turbo.merging.output import Writer, copy_companions, new_folder
+from gtr_turbo.merging.output import Writer, copy_companions, new_folder, state_dtype
 from gtr_turbo.merging.shards import ITEMSIZE, Checkpoint, MergeError
 from gtr_turbo.merging.thresholds import load_thresholds, save_thresholds
 from gtr_turbo.merging.trim import Cut, backend
@@ -197,6 +197,10 @@ def merge(
             copy_companions(
                 next((p for p in (*own, *paths[::-1]) if p.is_dir()), paths[-1]), folder
             )
+            kinds = {job.dtype for job in prepared.jobs}
+            for kind, width in DTYPES.items():
+                if kinds == {width}:  # of mixed types the config knows better
+                    state_dtype(folder / "config.json", kind)
             if prepared.config is not None:
                 text = json.dumps(prepared.config, indent=2)
                 (folder / "adapter_config.json").write_text(text + "\n")

@@ -220,3 +220,27 @@ def copy_companions(source: Path, target: Path) -> None:
                 and not file.name.startswith(".")
             ):
                 shutil.copyfile(file, target / file.name)
+
+
+def state_dtype(file: Path, dtype: str) -> None:
+    """Make a model's `config.json` say what its weights are, wherever it names a type.
+
+    Stock `transformers` loads weights in the type that it names: float32 ones would be rounded.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # there is none, or none that names a type
+    if not isinstance(config, dict):
+        return
+    named = [
+        (part, key)
+        for part in (config, *config.values())
+        if isinstance(part, dict)
+        for key in ("dtype", "torch_dtype")
+        if part.get(key) not in (None, dtype)
+    ]
+    for part, key in named:
+        part[key] = dtype
+    if named:
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
