@@ -869,3 +869,6 @@ def test_a_base_given_as_a_file_is_the_same_base(base, three, tmp_path):
     merge(paths, tmp_path / "folder", base=str(base))
     merge(paths, tmp_path / "file", base=f"{base}/model.safetensors")
     assert weight_bytes(tmp_path / "folder") == weight_bytes(tmp_path / "file")
+    # what lies beside a file may be anything; of the adapters nothing belongs to full weights
+    names = {file.name for file in (tmp_path / "file").iterdir()}
+    assert names == {"model.safetensors", "merged-from.json"}

@@ -192,11 +192,11 @@ def merge(
             )
             tensors = _run(prepared.jobs, context, threads, progress)
             manifest = _manifest(plan, prepared, tensors)
-            dense = prepared.base is not None and prepared.config is None
-            own = [Path(base)] if base is not None and dense else []
-            copy_companions(
-                next((p for p in (*own, *paths[::-1]) if p.is_dir()), paths[-1]), folder
-            )
+            own = [Path(base)] if base is not None and prepared.config is None else []
+            # an adapter's own files would make full weights look like one
+            others = paths[::-1] if prepared.kind == "full" or prepared.config is not None else []
+            for beside in [path for path in (*own, *others) if path.is_dir()][:1]:
+                copy_companions(beside, folder)
             kinds = {job.dtype for job in prepared.jobs}
             for kind, width in DTYPES.items():
                 if kinds == {width}:  # of mixed types the config knows better
