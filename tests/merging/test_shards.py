@@ -559,7 +559,7 @@ def test_companions_are_copied_but_no_weights_and_no_folders(tmp_path):
     save_sharded(source, tensors())
     kept = ["config.json", "tokenizer.json", "chat_template.jinja", "vocab.txt"]
     left = ["pytorch_model.bin", "optimizer.pt", "rng.pth", "tf_model.h5", "f.msgpack", ".hidden"]
-    left += ["pytorch_model.bin.index.json", "merge-thresholds.json"]
+    left += ["pytorch_model.bin.index.json", "merge-thresholds.json", "README.md"]
     for name in kept + left:
         (source / name).write_text(name)
     (source / "deep").mkdir()

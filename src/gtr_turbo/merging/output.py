@@ -34,8 +34,9 @@ NO_COMPANIONS: tuple[str, ...] = (
     ".msgpack",
     ".index.json",
 )
-NO_COMPANIONS += ("merge-thresholds.json", "merged-from.json")
-"""Endings of files beside the weights that do not belong to a merge of them."""
+NO_COMPANIONS += ("merge-thresholds.json", "merged-from.json", "README.md")
+"""Endings of files beside the weights that do not belong to a merge of them; what a model card says, its results
+above all, is of other weights."""
 
 
 def write_at(descriptor: int, data: Numbers, at: int) -> None:
