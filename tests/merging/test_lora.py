@@ -257,6 +257,21 @@ def test_a_base_that_is_not_finite_is_named(base, three, tmp_path, value):
     refused(paths, tmp_path / "out", repr(name), "broken", "not finite", base=broken)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_copied_weight_that_is_not_finite_is_named(base, three, tmp_path, value):
+    tensors = load(base)
+    tensors["model.embed_tokens.weight"][0, 0] = value  # is not adapted
+    broken = save(tmp_path / "broken", tensors)
+    parts = ("'model.embed_tokens.weight'", "broken", "not finite")
+    refused(three[0], tmp_path / "out", *parts, base=broken)
+
+
+@pytest.mark.parametrize("form", [{"form": "cat"}, {"form": "cat", "rank": 2}, {"form": "adapter"}])
+def test_a_change_that_does_not_fit_an_adapter_is_refused(three, tmp_path, form):
+    options = {"method": "task-arithmetic", "weights": [9, 9, 9], "lam": 3e38, **form}
+    refused(three[0], tmp_path / "out", "module", "does not fit float32", **options)
+
+
 # -- scales ----------------------------------------------------------------------------------------
 
 SCALES = {
@@ -679,6 +694,8 @@ def test_a_setting_that_changes_more_is_refused_by_name(tmp_path, key, value):
         '{"peft_type": "LORA", "alpha_pattern": ["layer"]}',
         '{"peft_type": "LORA", "alpha_pattern": {"layer(": 4}}',
         '{"peft_type": "LORA", "alpha_pattern": {"layer": "four"}}',
+        '{"peft_type": "LORA", "base_model_name_or_path": "base", "alpha_pattern": {"layer": NaN}}',
+        '{"peft_type": "LORA", "base_model_name_or_path": "base", "lora_alpha": 1e999}',
     ],
 )
 def test_a_damaged_config_is_refused(tmp_path, text):
@@ -686,6 +703,7 @@ def test_a_damaged_config_is_refused(tmp_path, text):
     paths = [handmade(tmp_path / name, pairs) for name in ("one", "two")]
     (paths[1] / "adapter_config.json").write_text(text)
     refused(paths, tmp_path / "out", paths[1], form="adapter")
+    refused(paths, tmp_path / "out", paths[1], form="cat", method="linear")
 
 
 def test_an_adapter_without_its_weights_is_refused(three, tmp_path):

@@ -12,6 +12,7 @@ the merged dW is a full matrix. Four forms of the result:
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,9 @@ class Adapter:
                 raise MergeError(f"{path}: module {module!r} has no matching lora_A and lora_B")
             try:
                 scale = _scale(config, module, pair["A"].shape[0])
-            except (TypeError, AttributeError, ZeroDivisionError, re.error) as error:
+                if not math.isfinite(scale):
+                    raise ValueError(f"a scale of {scale}")
+            except (ValueError, TypeError, AttributeError, ArithmeticError, re.error) as error:
                 raise MergeError(
                     f"{path}/adapter_config.json: lora_alpha or alpha_pattern cannot be read ({error})"
                 ) from error

@@ -118,7 +118,10 @@ def _copy_run(base: Checkpoint, entry: Entry) -> Callable[[Context], None]:
         for first in range(0, entry.size, CHUNK):
             row: Numbers = np.empty(min(CHUNK, entry.size - first), row_dtype(entry.dtype))
             base.read(entry, first, row)
-            put(context, entry.name, first, arrays.widen(row), row[:0], np.float32(1))
+            if not put(context, entry.name, first, arrays.widen(row), row[:0], np.float32(1)):
+                raise MergeError(
+                    f"tensor {entry.name!r} of {entry.file} holds a number that is not finite"
+                )
 
     return run
 
@@ -185,10 +188,14 @@ class _Pair:
                     self._make(context)
                 factor = self._made.pop(side)
                 self._made[""] = factor[:0]  # made: not to be made again for the other side
-            put(context, key, 0, factor, factor.ravel()[:0], np.float32(1))
+            if not put(context, key, 0, factor, factor.ravel()[:0], np.float32(1)):
+                raise self._too_large()
             return self._lines
 
         return run
+
+    def _too_large(self) -> MergeError:
+        return MergeError(f"module {self.module!r}: the merged change does not fit float32")
 
     def _make(self, context: Context) -> None:
         if context.stop.is_set():
@@ -202,18 +209,25 @@ class _Pair:
                 for w, a in zip(weights, self.adapters, strict=True)
             ]
             pairs = [adapter.factors(self.module) for adapter in self.adapters]
-            a, b, lost = lora.concatenate(pairs, scaled, self.rank)
+            with np.errstate(over="ignore", invalid="ignore"):
+                try:
+                    a, b, lost = lora.concatenate(pairs, scaled, self.rank)
+                except np.linalg.LinAlgError:  # of what is not finite
+                    raise self._too_large() from None
         else:
             source = lora.Product(self.adapters, self.module, CHUNK)
             merged = np.empty(source.size, np.float32)
 
             def sink(at: int, base: Numbers, change: Floats) -> None:
-                merged[at : at + len(change)] = context.factor * change
+                with np.errstate(over="ignore"):
+                    merged[at : at + len(change)] = context.factor * change
 
             tally = merge_chunks(
                 source, context.recipe, sink, kernels=context.kernels, seed=seed_of(self.module)
             )
             _check_finite(tally, self.adapters, self.module)
+            if not np.isfinite(merged).all():
+                raise self._too_large()
             self._lines |= describe(tally, source.size)
             rng = np.random.default_rng([self.recipe.seed, self.number])
             shape = self.adapters[0].modules[self.module].shape
