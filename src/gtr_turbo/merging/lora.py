@@ -127,6 +127,10 @@ def _refuse(path: Path, config: dict[str, Any]) -> None:
     for key, fine in (
         ("use_dora", (False, None)),
         ("use_qalora", (False, None)),
+        ("use_bdlora", (False, None)),
+        ("monteclora_config", (None,)),
+        ("arrow_config", (None,)),
+        ("kasa_config", (None,)),
         ("lora_bias", (False, None)),
         ("bias", ("none", None)),
         ("fan_in_fan_out", (False, None)),
