@@ -718,6 +718,12 @@ def test_an_adapter_without_its_weights_is_refused(three, tmp_path):
     refused([*paths, tmp_path / "bare"], tmp_path / "out", tmp_path / "bare", form="adapter")
 
 
+def test_an_adapter_without_its_folder_is_refused(three, tmp_path):
+    paths, _ = three
+    files = [path / "adapter_model.safetensors" for path in paths]
+    refused(files, tmp_path / "out", files[0], "lora_A", "folders", method="linear")
+
+
 def test_adapters_of_different_modules_are_refused(base, three, tmp_path):
     paths, _ = three
     train(base, tmp_path / "fewer", 5, target_modules=["q_proj", "k_proj"])

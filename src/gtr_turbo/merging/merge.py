@@ -287,6 +287,11 @@ def _prepare(
     if form != "dense" or rank is not None:
         raise MergeError(f"{paths[0]} is a full model: form {form!r} and rank are for adapters")
     opened = [stack.enter_context(Checkpoint.open(path)) for path in paths]
+    if factor := next(filter(lora.FACTOR.match, opened[0].entries), None):
+        raise MergeError(
+            f"{paths[0]} holds {factor!r}, half of an adapter's change, which cannot be merged apart from the "
+            "other; give the adapters' folders, with adapter_config.json"
+        )
     if recipe.row.base and opened_base is None:
         raise MergeError(f"{recipe.method} works on changes: give the base they started from")
     jobs = list(full_jobs(opened, opened_base, recipe, dtype))
