@@ -148,6 +148,8 @@ def merge(
         raise MergeError(f"engine {engine!r}: expected numba or numpy")
     if threads < 1 or shard_bytes < 1:
         raise MergeError(f"threads {threads} and shard size {shard_bytes} must be at least 1")
+    if not max_lost >= 0:
+        raise MergeError(f"max_lost {max_lost} must be 0 or more")
     wanted = DTYPES[dtype] if dtype else None
     paths = [Path(path) for path in checkpoints]
     with ExitStack() as stack:

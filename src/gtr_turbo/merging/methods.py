@@ -105,6 +105,8 @@ class Recipe:
             raise ValueError(f"{self.method} has no density; drop it, or take ties or dare-linear")
         if not all(np.isfinite(w) and w >= 0 for w in self.weights) or sum(self.weights) <= 0:
             raise ValueError(f"weights {list(self.weights)} must be 0 or more, and not all 0")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed} must be 0 or more")
         if self.compat not in (None, "peft"):
             raise ValueError(f"compat {self.compat!r}: expected 'peft' or nothing")
         if self.compat and self.method != "ties":
