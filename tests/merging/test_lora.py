@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 
 import numpy as np
 import pytest
@@ -716,6 +717,13 @@ def test_an_adapter_without_its_weights_is_refused(three, tmp_path):
     config = (paths[0] / "adapter_config.json").read_text()
     (tmp_path / "bare" / "adapter_config.json").write_text(config)
     refused([*paths, tmp_path / "bare"], tmp_path / "out", tmp_path / "bare", form="adapter")
+
+
+def test_a_refused_adapter_is_closed(tmp_path):
+    odd = handmade(tmp_path / "odd", {"layer": (torch.ones(2, 6), torch.ones(5, 3))})
+    before = len(os.listdir("/proc/self/fd"))
+    refused([odd, odd], tmp_path / "out", "no matching", form="adapter")
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_an_adapter_without_its_folder_is_refused(three, tmp_path):

@@ -74,29 +74,11 @@ class Adapter:
             raise MergeError(f"{path}/adapter_config.json cannot be read ({error})") from error
         _refuse(path, config)
         weights = Checkpoint.open(path, stem="adapter_model")
-        sides: dict[str, dict[str, Entry]] = {}
-        for name, entry in weights.entries.items():
-            found = FACTOR.match(name)
-            if found is None or len(entry.shape) != 2:
-                raise MergeError(
-                    f"{entry.file}: tensor {name!r} {list(entry.shape)} is not a factor of a linear layer's "
-                    "LoRA, and would be lost; merge full checkpoints instead"
-                )
-            sides.setdefault(found["module"], {})[found["side"]] = entry
-        modules = {}
-        for module, pair in sides.items():
-            if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
-                raise MergeError(f"{path}: module {module!r} has no matching lora_A and lora_B")
-            try:
-                scale = _scale(config, module, pair["A"].shape[0])
-                if not math.isfinite(scale):
-                    raise ValueError(f"a scale of {scale}")
-            except (ValueError, TypeError, AttributeError, ArithmeticError, re.error) as error:
-                raise MergeError(
-                    f"{path}/adapter_config.json: lora_alpha or alpha_pattern cannot be read ({error})"
-                ) from error
-            modules[module] = Module(pair["A"], pair["B"], scale)
-        return cls(path, config, weights, modules)
+        try:
+            return cls(path, config, weights, _modules(path, config, weights))
+        except BaseException:
+            weights.close()
+            raise
 
     def __enter__(self) -> Adapter:
         return self
@@ -113,6 +95,37 @@ class Adapter:
                 f"module {name!r} of {module.a.file} holds a number that is not finite"
             )
         return a, b
+
+
+def _modules(path: Path, config: dict[str, Any], weights: Checkpoint) -> dict[str, Module]:
+    """The layers that an adapter's tensors change.
+
+    Raises:
+        MergeError: as `Adapter.open`.
+    """
+    sides: dict[str, dict[str, Entry]] = {}
+    for name, entry in weights.entries.items():
+        found = FACTOR.match(name)
+        if found is None or len(entry.shape) != 2:
+            raise MergeError(
+                f"{entry.file}: tensor {name!r} {list(entry.shape)} is not a factor of a linear layer's "
+                "LoRA, and would be lost; merge full checkpoints instead"
+            )
+        sides.setdefault(found["module"], {})[found["side"]] = entry
+    modules = {}
+    for module, pair in sides.items():
+        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise MergeError(f"{path}: module {module!r} has no matching lora_A and lora_B")
+        try:
+            scale = _scale(config, module, pair["A"].shape[0])
+            if not math.isfinite(scale):
+                raise ValueError(f"a scale of {scale}")
+        except (ValueError, TypeError, AttributeError, ArithmeticError, re.error) as error:
+            raise MergeError(
+                f"{path}/adapter_config.json: lora_alpha or alpha_pattern cannot be read ({error})"
+            ) from error
+        modules[module] = Module(pair["A"], pair["B"], scale)
+    return modules
 
 
 def is_adapter(path: Path) -> bool:
