@@ -172,6 +172,8 @@ def test_the_share_of_unmoved_entries_is_that_of_the_newest_checkpoint(method):
     assert history.zero_fraction == 0.0
 
 
-def test_a_checkpoint_that_is_not_finite_is_refused():
+@pytest.mark.parametrize("method", ["ties", "linear"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_checkpoint_that_is_not_finite_is_refused(method, value):
     with pytest.raises(FloatingPointError, match="not finite"):
-        History(TeacherConfig()).add([("w", torch.tensor([1.0, float("nan")]))])
+        History(TeacherConfig(method=method)).add([("w", torch.tensor([1.0, value]))])

@@ -57,6 +57,8 @@ class History:
 
     def _keep(self, name: str, delta: Tensor) -> tuple[int, int]:
         """Remember a tensor; (its entries, those that are zero)."""
+        if self.config.method != "ties" and not delta.isfinite().all():  # TIES looks for itself
+            raise FloatingPointError("a checkpoint holds a number that is not finite")
         self.fold(name, delta, self.count)
         zeros = self._ties[name].zeros if name in self._ties else _zeros(delta)
         return delta.numel(), zeros
