@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from files import (
 from gtr_turbo.merging import MergeError, merge
 from gtr_turbo.merging.methods import METHODS, ema
 from gtr_turbo.merging.shards import Checkpoint
+from gtr_turbo.merging.thresholds import THRESHOLDS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIDECAR = "merge-thresholds.json"
@@ -507,6 +509,24 @@ def test_thresholds_are_written_only_when_asked_for(tmp_path, three):
     assert set(after) - set(before) == {str(path / SIDECAR) for path in paths}
     assert {name: after[name] for name in before} == before
     assert not (tmp_path / "four" / SIDECAR).exists()
+
+
+def test_thresholds_that_cannot_be_kept_are_warned_of(tmp_path, three, monkeypatch):
+    origin, paths = three
+
+    def replace(part, to):
+        if to.parent == paths[1]:
+            raise OSError(errno.ENOSPC, "No space left on device", str(to))
+        os.replace(part, to)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    report = merge(paths, tmp_path / "out", base=origin, keep_thresholds=True)
+    (warning,) = (text for text in report.warnings if "thresholds" in text)
+    assert str(paths[1]) in warning
+    assert "No space left" in warning
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert [(path / THRESHOLDS).exists() for path in paths] == [True, False, True]
+    assert not list(paths[1].glob("*.part"))
 
 
 def test_thresholds_do_not_depend_on_the_weights(tmp_path, kept):

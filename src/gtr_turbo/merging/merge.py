@@ -210,7 +210,8 @@ def merge(
             writer.close()
         trimmed = prepared.kind == "full" and recipe.row.thin == "trim"
         if keep_thresholds and trimmed and prepared.base is not None:
-            save_thresholds(prepared.opened, prepared.base, recipe.density, tensors)
+            failed = save_thresholds(prepared.opened, prepared.base, recipe.density, tensors)
+            manifest["warnings"] += failed
     return Report(plan=plan, manifest=manifest, seconds=time.monotonic() - began)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ def save_thresholds(
     base: Checkpoint,
     density: float,
     tensors: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Write the thresholds that a merge found beside each checkpoint; `tensors` is from `jobs.describe`."""
-    origin = base.fingerprint()
+) -> list[str]:
+    """Write the thresholds that a merge found beside each checkpoint; `tensors` is from `jobs.describe`.
+
+    Returns:
+        Which could not be written, and why: the merge is there all the same.
+    """
+    origin, failed = base.fingerprint(), []
     for k, checkpoint in enumerate(checkpoints):
         text = json.dumps(
             {
@@ -33,8 +38,14 @@ def save_thresholds(
         )
         where = _thresholds_file(checkpoint)
         part = where.with_name(where.name + ".part")
-        part.write_text(text + "\n")
-        part.replace(where)
+        try:
+            part.write_text(text + "\n")
+            part.replace(where)
+        except OSError as error:
+            with suppress(OSError):
+                part.unlink()
+            failed.append(f"the thresholds of {checkpoint.path} could not be kept: {error}")
+    return failed
 
 
 def _thresholds_file(checkpoint: Checkpoint) -> Path:
