@@ -181,6 +181,35 @@ def test_the_start_of_a_real_run_is_an_adapter_that_is_trained_on_and_evaluated(
         assert torch.equal(loaded[name.replace(".weight", ".default.weight")], weight)
 
 
+@pytest.mark.parametrize("kind", ["a file", "weights"])
+def test_nothing_is_overwritten_and_no_other_models_files_are_mixed_in(tmp_path, kind):
+    out = tmp_path / "out"
+    if kind == "weights":
+        out.mkdir()
+    (out if kind == "a file" else out / "adapter_model.safetensors").write_text("precious")
+    rows = []
+    with pytest.raises(ConfigError, match="nothing is overwritten"):
+        sft.train(SFTConfig(out=str(out), steps=1), rows.append)
+    assert not rows
+
+
+def test_a_failure_leaves_no_random_weights_that_pass_for_a_model(tmp_path):
+    few = DemonstrationConfig(id="NumberLine", turns=4, options={"prompt": "compact"})
+    out = tmp_path / "out"
+    tiny = {"architecture": "qwen3-vl", "model": ModelConfig(vision="trained"), "steps": 1}
+    config = SFTConfig(out=str(out), demonstrations=[few], batch_turns=4, **tiny)
+
+    def interrupted(row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sft.train(config, interrupted)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    rows = []
+    assert (sft.train(config, rows.append) / "model.safetensors").exists()
+    assert [row["step"] for row in rows if "step" in row] == [0]
+
+
 def test_an_adapter_without_a_base_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="names no base_model_name_or_path"):

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -221,22 +223,32 @@ def train(config: SFTConfig, report: Report) -> Path:
     """Fine-tune and write the model; returns the folder.
 
     Raises:
-        ConfigError: `out` is missing, an environment has no expert, or the model cannot be trained in its type.
+        ConfigError: `out` is missing or holds weights, an environment has no expert, or the model cannot be
+            trained in its type.
+        OSError: `out` cannot be written.
     """
     if config.out is None:
         raise ConfigError("out is missing: give the folder to write the model to (--out DIR)")
     config.model.check_trained()
     torch.set_num_threads(config.threads)
     out, began = Path(config.out), time.monotonic()
+    if out.is_file() or any(out.glob("*.safetensors")):
+        raise ConfigError(
+            f"out={out} holds weights already, or is a file; nothing is overwritten. Give another folder"
+        )
     model = config.model
-    if config.architecture is not None:
-        starter.build(config.architecture, out, config.seed, vocabulary(config))
-        model = replace(model, path=str(out))
-    policy = Policy(model, temperature=1.0, seed=config.seed)
+    with ExitStack() as stack:
+        if config.architecture is not None:
+            # random weights pass for a result; only adapters need them beside themselves
+            aside = stack.enter_context(TemporaryDirectory()) if model.train == "full" else out
+            starter.build(config.architecture, Path(aside), config.seed, vocabulary(config))
+            model = replace(model, path=str(aside))
+        policy = Policy(model, temperature=1.0, seed=config.seed)
     data = Demonstrations()
     for i, demonstrations in enumerate(config.demonstrations):
         data.collect(policy, demonstrations, seed=config.seed * 1000 + i)
     report({"turns": len(data.replies), "seconds": time.monotonic() - began})
+    out.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known before
     if config.vision_steps:
         pretrain_vision(policy, data, config, report)
     imitate(policy, data, config, report)
