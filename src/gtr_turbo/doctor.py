@@ -21,7 +21,7 @@ class Finding:
     detail: str
 
 
-PACKAGES = ("torch", "transformers", "peft", "safetensors", "gymnasium", "numpy", "pillow")
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "gymnasium", "numpy", "numba", "pillow")
 OPTIONAL = ("tensorboard", "wandb", "trackio", "openai", "flash_attn")
 
 
@@ -78,6 +78,21 @@ def _environments() -> Finding:
     return Finding("environments", True, f"{', '.join(names)} keep the contract")
 
 
+def _merging() -> Finding:
+    import torch
+
+    from gtr_turbo.merging.methods import Recipe
+    from gtr_turbo.merging.tensors import merge_tensors
+
+    changes = [torch.sin(torch.arange(1.0, 2001.0) * k) for k in (1, 2, 3)]
+    recipe = Recipe(method="ties", weights=(1.0, 1.0, 1.0), density=0.8)
+    compiled, plain = (merge_tensors(changes, recipe, engine=e) for e in ("numba", "numpy"))
+    same = torch.equal(compiled, plain)
+    return Finding(
+        "merging", same, f"the compiled kernels {'agree' if same else 'do not agree'} with numpy's"
+    )
+
+
 def _starter() -> Finding:
     import torch
 
@@ -96,7 +111,9 @@ def _starter() -> Finding:
 def examine() -> list[Finding]:
     """Run every check; one that raises becomes a finding that failed."""
     found = _versions()
-    checks: list[Callable[[], Finding | list[Finding]]] = [_devices, _disk, _environments, _starter]
+    checks: list[Callable[[], Finding | list[Finding]]] = [
+        _devices, _disk, _environments, _merging, _starter
+    ]  # fmt: skip
     for check in checks:
         try:
             result = check()

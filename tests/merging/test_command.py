@@ -14,6 +14,7 @@ from files import SMALL, assert_same, expected, load, save, snapshot, walk, weig
 from rich.console import Console
 from safetensors.torch import save_file
 
+from gtr_turbo import doctor, merging
 from gtr_turbo.cli import main
 from gtr_turbo.merging import merge
 from gtr_turbo.terminal import MergeView, show_merge
@@ -356,3 +357,17 @@ def test_weights_are_shown_beside_their_checkpoints(files, tmp_path):
     assert "lambda 2.0" in shown
     for weight, path in zip(("1", "2.5", "0.125"), paths, strict=True):
         assert f"{weight} x {path}" in shown
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_doctor_says_whether_the_kernels_compile(monkeypatch, broken):
+    """A numba that does not fit numpy is found, and by the doctor; every run merges."""
+    for name in ("_devices", "_disk", "_environments", "_starter"):
+        monkeypatch.setattr(doctor, name, list)
+    if broken:
+        monkeypatch.delattr(merging, "kernels", raising=False)
+        monkeypatch.setitem(sys.modules, "gtr_turbo.merging.kernels", None)
+    found = {finding.what: finding for finding in doctor.examine()}
+    assert "numba" in found
+    assert found["merging"].ok is not broken
+    assert ("ModuleNotFoundError" in found["merging"].detail) is broken
