@@ -560,6 +560,7 @@ def test_companions_are_copied_but_no_weights_and_no_folders(tmp_path):
     kept = ["config.json", "tokenizer.json", "chat_template.jinja", "vocab.txt"]
     left = ["pytorch_model.bin", "optimizer.pt", "rng.pth", "tf_model.h5", "f.msgpack", ".hidden"]
     left += ["pytorch_model.bin.index.json", "merge-thresholds.json", "README.md"]
+    left += ["model-q4.gguf", "model.onnx", "model.onnx_data", "weights.npz"]
     for name in kept + left:
         (source / name).write_text(name)
     (source / "deep").mkdir()

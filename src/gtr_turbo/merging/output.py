@@ -32,6 +32,10 @@ NO_COMPANIONS: tuple[str, ...] = (
     ".ckpt",
     ".h5",
     ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".onnx_data",
+    ".npz",
     ".index.json",
 )
 NO_COMPANIONS += ("merge-thresholds.json", "merged-from.json", "README.md")
