@@ -624,6 +624,17 @@ def test_the_manifest_names_the_adapters(base, three, tmp_path):
     assert len({line["fingerprint"] for line in lines}) == 3
 
 
+@pytest.mark.parametrize("form", ["dense", "adapter", "factors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plan_reads_each_input_once(tmp_path, form, dtype):
+    pairs = {"layer": tuple(t.to(dtype) for t in noise(0, (2, 6), (5, 2)))}
+    paths = [handmade(tmp_path / str(k), pairs) for k in range(2)]
+    origin = save(tmp_path / "base", {"layer.weight": torch.ones(5, 6), "other": torch.ones(3)})
+    plan = merge(paths, tmp_path / "out", base=origin, form=form, dry_run=True).plan
+    factors = 2 * (2 * 6 + 5 * 2) * dtype.itemsize
+    assert plan.read_bytes == factors + (4 * (30 + 3) if form == "dense" else 0)
+
+
 # -- adapters that cannot be merged --------------------------------------------------------------
 
 KINDS = {

@@ -49,7 +49,7 @@ def lora_jobs(
         shapes = {"A": (size, module.shape[1]), "B": (module.shape[0], size)}
         for side, shape in shapes.items():
             key = f"base_model.model.{name}.lora_{side}.weight"
-            read = sum(getattr(a.modules[name], side.lower()).size * 4 for a in adapters)
+            read = sum(getattr(a.modules[name], side.lower()).nbytes for a in adapters)
             run = (
                 pair.job(side, key)
                 if form != "factors"
@@ -94,9 +94,7 @@ def _dense_jobs(
             kind = entry.dtype
             if kind not in ITEMSIZE:
                 raise MergeError(f"{entry.file}: tensor {name!r} is {kind}, which is not handled")
-            yield Job(
-                name, dtype or kind, entry.shape, _copy_run(base, entry), entry.stop - entry.start
-            )
+            yield Job(name, dtype or kind, entry.shape, _copy_run(base, entry), entry.nbytes)
             continue
         shape = adapters[0].modules[module].shape
         if entry.shape != shape:
@@ -104,12 +102,13 @@ def _dense_jobs(
                 f"module {module!r} of {adapters[0].path} is {shape}, but tensor {name!r} of {entry.file} is "
                 f"{entry.shape}: another base?"
             )
+        changed = [a.modules[module] for a in adapters]
         yield Job(
             name,
             dtype or entry.dtype,
             entry.shape,
             _dense_run(name, adapters, module, base, entry),
-            entry.stop - entry.start,
+            entry.nbytes + sum(m.a.nbytes + m.b.nbytes for m in changed),
         )
 
 

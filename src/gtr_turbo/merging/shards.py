@@ -48,6 +48,11 @@ class Entry:
         """Number of entries."""
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """In its file."""
+        return self.stop - self.start
+
 
 @dataclass
 class Checkpoint:
