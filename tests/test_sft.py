@@ -193,6 +193,14 @@ def test_nothing_is_overwritten_and_no_other_models_files_are_mixed_in(tmp_path,
     assert not rows
 
 
+def test_the_vision_tower_cannot_learn_without_labels(monkeypatch, tmp_path):
+    monkeypatch.setattr(sft, "visible", lambda info: torch.full((sft.SLOTS,), -100))
+    few = DemonstrationConfig(id="NumberLine", turns=4, options={"prompt": "compact"})
+    config = SFTConfig(out=str(tmp_path / "out"), demonstrations=[few], vision_steps=1, steps=1)
+    with pytest.raises(ConfigError, match="vision_steps"):
+        sft.train(config, lambda row: None)
+
+
 def test_a_failure_leaves_no_random_weights_that_pass_for_a_model(tmp_path):
     few = DemonstrationConfig(id="NumberLine", turns=4, options={"prompt": "compact"})
     out = tmp_path / "out"

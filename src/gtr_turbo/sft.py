@@ -145,8 +145,17 @@ def _optimizer(parameters: Any, config: SFTConfig) -> torch.optim.AdamW:
 def pretrain_vision(
     policy: Policy, data: Demonstrations, config: SFTConfig, report: Report
 ) -> None:
-    """Train the vision tower to name what frames show, with a linear head that is thrown away."""
+    """Train the vision tower to name what frames show, with a linear head that is thrown away.
+
+    Raises:
+        ConfigError: no frame comes with a label.
+    """
     shown = [i for i, label in enumerate(data.labels) if (label >= 0).any()]
+    if not shown:
+        raise ConfigError(
+            "vision_steps needs environments that say in `info` what a frame shows (docs/environments.md); "
+            "with these it must be 0"
+        )
     tower = policy.model.model
     size = policy.observe([data.observed[0].frame], [""])[0].grid
     tokens = int(size.prod()) // 4 if size is not None else 0
