@@ -194,18 +194,7 @@ def merge(
             )
             tensors = _run(prepared.jobs, context, threads, progress)
             manifest = _manifest(plan, prepared, tensors)
-            own = [Path(base)] if base is not None and prepared.config is None else []
-            # an adapter's own files would make full weights look like one
-            others = paths[::-1] if prepared.kind == "full" or prepared.config is not None else []
-            for beside in [path for path in (*own, *others) if path.is_dir()][:1]:
-                copy_companions(beside, folder)
-            kinds = {job.dtype for job in prepared.jobs}
-            for kind, width in DTYPES.items():
-                if kinds == {width}:  # of mixed types the config knows better
-                    state_dtype(folder / "config.json", kind)
-            if prepared.config is not None:
-                text = json.dumps(prepared.config, indent=2)
-                (folder / "adapter_config.json").write_text(text + "\n")
+            _complete(folder, prepared, paths, base)
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             writer.close()
         trimmed = prepared.kind == "full" and recipe.row.thin == "trim"
@@ -213,6 +202,22 @@ def merge(
             failed = save_thresholds(prepared.opened, prepared.base, recipe.density, tensors)
             manifest["warnings"] += failed
     return Report(plan=plan, manifest=manifest, seconds=time.monotonic() - began)
+
+
+def _complete(
+    folder: Path, prepared: _Prepared, paths: Sequence[Path], base: str | Path | None
+) -> None:
+    """Write the files beside the weights: configs, tokenizer, and what else a model needs."""
+    own = [Path(base)] if base is not None and prepared.config is None else []
+    # an adapter's own files would make full weights look like one
+    others = paths[::-1] if prepared.kind == "full" or prepared.config is not None else []
+    for beside in [path for path in (*own, *others) if path.is_dir()][:1]:
+        copy_companions(beside, folder)
+    kinds = {job.dtype for job in prepared.jobs}
+    for kind in [kind for kind, width in DTYPES.items() if kinds == {width}]:  # if not mixed
+        state_dtype(folder / "config.json", kind)
+    if prepared.config is not None:
+        (folder / "adapter_config.json").write_text(json.dumps(prepared.config, indent=2) + "\n")
 
 
 def _recipe(
