@@ -5,7 +5,7 @@ import numpy as np
 from gymnasium import spaces
 
 from gtr_turbo.envs import wrap_discrete
-from gtr_turbo.envs.contract import DiscreteText
+from gtr_turbo.envs.discrete import DiscreteText
 
 CELL = 28
 ICE, HOLE, GOAL, ELF = (200, 225, 245), (20, 40, 90), (240, 190, 40), (190, 30, 40)

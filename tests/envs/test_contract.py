@@ -174,7 +174,14 @@ def unseeded(self, *, seed=None, options=None):
     return Sound.reset(self, seed=None)
 
 
+def into_one_buffer(self):
+    self.buffer = getattr(self, "buffer", np.zeros((16, 16, 3), np.uint8))
+    self.buffer[:] = self.grey
+    return {"image": self.buffer, "prompt": "go"}
+
+
 BROKEN = {
+    "one buffer": ({"observe": into_one_buffer}, r"each must be an array of its own.*image\.copy"),
     "no success": ({"step": changed_step(4, {})}, "must hold success=True or False, got None"),
     "success is 1": ({"step": changed_step(4, {"success": 1})}, "success=True or False, got 1"),
     "unseeded": ({"reset": unseeded}, r"does not call super\(\).reset\(seed=seed\)"),

@@ -2,7 +2,8 @@
 
 from gymnasium.envs.registration import register
 
-from gtr_turbo.envs.contract import ContractError, check_env, make_env, wrap_discrete
+from gtr_turbo.envs.contract import ContractError, check_env, make_env
+from gtr_turbo.envs.discrete import wrap_discrete
 
 __all__ = ["ContractError", "check_env", "make_env", "wrap_discrete"]
 

@@ -1,8 +1,8 @@
-"""What a visual-text environment is, a checker for it, and a wrapper that makes one of any Gymnasium env.
+"""What a visual-text environment is, and a checker for it.
 
 The contract, on top of `gymnasium.Env`:
 
-* observation: `{"image": uint8 (H, W, 3) RGB, "prompt": str}`;
+* observation: `{"image": uint8 (H, W, 3) RGB, "prompt": str}`; images are kept, so each is an array of its own;
 * action: the action *string* the model wrote. An unknown string is the environment's to answer
   (the card games pay -1); `step` must not raise on any string, the empty one included;
 * `fields`: class attribute, the JSON keys a reply must have, in order, `"action"` last;
@@ -176,7 +176,12 @@ def attribute(env: Env, name: str) -> Any:
     return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else None
 
 
-def _check_observation(name: str, observation: Any) -> None:
+def check_observation(name: str, observation: Any) -> None:
+    """Refuse what is no `Observation`.
+
+    Raises:
+        ContractError: why, with `name`, the environment's.
+    """
     if not isinstance(observation, dict) or set(observation) != {"image", "prompt"}:
         keys = sorted(observation) if isinstance(observation, dict) else type(observation).__name__
         raise ContractError(
@@ -218,7 +223,7 @@ def _check_step(name: str, env: Env, action: str) -> tuple[Any, bool]:
             f"{name}: step({action!r}) raised {type(error).__name__}: {error}. What the model says "
             "is data: answer an unknown action with a reward, do not raise."
         ) from error
-    _check_observation(name, observation)
+    check_observation(name, observation)
     _check_info(name, info)
     number = isinstance(reward, (int, float, np.integer, np.floating))
     if not number or not math.isfinite(reward):
@@ -266,7 +271,8 @@ def check_env(env: Env | str, *, episodes: int = 3, max_turns: int = 200) -> Non
         )
     _check_for_corrector(name, env, fields)
     first, info = env.reset(seed=7)
-    _check_observation(name, first)
+    check_observation(name, first)
+    kept = first["image"].copy()
     _check_info(name, info)
     again, _ = env.reset(seed=7)
     if not _same(first, again):
@@ -296,104 +302,9 @@ def check_env(env: Env | str, *, episodes: int = 3, max_turns: int = 200) -> Non
     for ugly in ("", "no such action", "\x00\ud83c", "9" * 5000):
         env.reset(seed=0)
         _check_step(name, env, ugly)
+    if not np.array_equal(kept, first["image"]):
+        raise ContractError(
+            f"{name}: the image of its first observation changed when it went on. The trainer keeps images, so "
+            "each must be an array of its own; return a copy (image.copy())"
+        )
     flatten_space(spaces.Dict({"image": env.observation_space["image"]}))  # type: ignore[index]
-
-
-class DiscreteText(gymnasium.Env[dict[str, Any], str]):
-    """A Gymnasium env with RGB frames and discrete actions, seen as a visual-text environment.
-
-    Made by `wrap_discrete`. It is no `gymnasium.Wrapper`: `unwrapped` must end here, where `fields` (and
-    a subclass's `judge` and `demonstrate`) are; the env inside is `self.env`.
-
-    An unknown action does not reach that env: nothing moves and the reward is `illegal_reward`; such
-    turns count towards `max_turns`.
-    """
-
-    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 - Gymnasium's name and form
-    render_mode = "rgb_array"
-    fields = ("thoughts", "action")
-
-    def __init__(
-        self,
-        env: gymnasium.Env[Any, Any],
-        actions: Sequence[str],
-        prompt: str,
-        *,
-        illegal_reward: float = -1.0,
-        max_turns: int = 100,
-    ) -> None:
-        if env.render_mode != "rgb_array":
-            raise ContractError(
-                f"{env}: wrap_discrete needs frames; make the env with render_mode='rgb_array' "
-                f"(it has {env.render_mode!r})"
-            )
-        if not isinstance(env.action_space, spaces.Discrete) or env.action_space.n != len(actions):
-            raise ContractError(
-                f"{env}: {len(actions)} action names were given for {env.action_space}; "
-                "wrap_discrete needs a Discrete space and one name per action, in order"
-            )
-        self.env = env
-        self._index = {name: i + int(env.action_space.start) for i, name in enumerate(actions)}
-        self._actions = list(actions)
-        self._prompt = prompt
-        self._illegal_reward = illegal_reward
-        self._max_turns = max_turns
-        self.action_space = AnyText()
-        env.reset()
-        observation = self._observation()
-        _check_observation(str(env), observation)
-        self.observation_space = observation_space(*observation["image"].shape[:2])
-
-    def render(self) -> np.ndarray:
-        """The env's frame, copied: some envs draw into one buffer."""
-        return np.array(self.env.render())
-
-    def close(self) -> None:
-        """Close the env inside."""
-        self.env.close()
-
-    def _observation(self) -> dict[str, Any]:
-        return {"image": self.render(), "prompt": self._prompt}
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode."""
-        super().reset(seed=seed)
-        _, info = self.env.reset(seed=seed, options=options)
-        self._turns = 0
-        return self._observation(), {**info, "actions": self._actions}
-
-    def step(self, action: str) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Play the action of that name; an unknown name plays nothing and pays `illegal_reward`."""
-        self._turns += 1
-        terminated = truncated = False
-        reward = self._illegal_reward
-        info: dict[str, Any] = {}
-        if action in self._index:
-            _, paid, terminated, truncated, info = self.env.step(self._index[action])
-            reward = float(paid)
-        truncated = bool(truncated) or self._turns >= self._max_turns
-        info = {**info, "actions": self._actions}
-        if terminated or truncated:
-            info["success"] = bool(info.get("is_success", terminated and reward > 0))
-        return self._observation(), reward, bool(terminated), truncated, info
-
-
-def wrap_discrete(
-    env: gymnasium.Env[Any, Any], *, actions: Sequence[str], prompt: str, **options: Any
-) -> DiscreteText:
-    """Make a visual-text environment of any Gymnasium env with RGB frames and discrete actions.
-
-    Args:
-        env: made with `render_mode="rgb_array"`.
-        actions: a name for each action of `env`, in order.
-        prompt: the text shown each turn; it should ask for a JSON object with "thoughts" and "action".
-        options: `illegal_reward` (default -1) and `max_turns` (default 100).
-
-    Success is `info["is_success"]` where the env gives it, else: it terminated with a positive reward.
-
-    Raises:
-        ContractError: no frames, or the names do not fit the action space.
-    """
-    return DiscreteText(env, actions, prompt, **options)
