@@ -182,6 +182,33 @@ def test_settings_that_an_adapter_contradicts_are_refused_with_what_fits(
         assert told is (key == "vision" and vision == "trained")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("use_dora", True), ("lora_bias", True), ("modules_to_save", ["lm_head"])]
+)
+def test_an_adapter_that_is_more_than_b_times_a_is_refused(tiny, tmp_path, key, value):
+    """The teacher is made of B A: such a run's KL to its own start would not be 0."""
+    make_policy(tiny, **LORA).save_student(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(
+        ConfigError, match=rf"model\.adapter cannot be used: .* {key} = .*merge_and"
+    ):
+        make_policy(tiny, **LORA, adapter=str(tmp_path))
+
+
+@pytest.mark.parametrize(("made", "said"), [(0.5, 0.0), (0.0, 0.5)])
+def test_dropout_is_what_the_settings_say_not_what_an_adapter_was_made_with(
+    tiny, tmp_path, made, said
+):
+    policy = make_policy(tiny, **LORA | {"lora_dropout": made})
+    perturb(policy)
+    policy.save_student(tmp_path)
+    policy = make_policy(tiny, **LORA | {"lora_dropout": said, "adapter": str(tmp_path)})
+    still = logprobs(policy)
+    policy.model.train()
+    assert torch.equal(logprobs(policy), still) is (said == 0)
+
+
 def test_adapters_are_added_without_a_warning_of_libraries_about_each_other(tiny, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)

@@ -72,7 +72,7 @@ class Adapter:
                 raise ValueError(f"it holds a {type(config).__name__}")
         except (ValueError, OSError, RecursionError) as error:
             raise MergeError(f"{path}/adapter_config.json cannot be read ({error})") from error
-        _refuse(path, config)
+        check_kind(path, config)
         weights = Checkpoint.open(path, stem="adapter_model")
         try:
             return cls(path, config, weights, _modules(path, config, weights))
@@ -133,10 +133,15 @@ def is_adapter(path: Path) -> bool:
     return (path / "adapter_config.json").is_file()
 
 
-def _refuse(path: Path, config: dict[str, Any]) -> None:
+def check_kind(path: Path, config: dict[str, Any]) -> None:
+    """Refuse the settings of an adapter whose change is not scale * B @ A alone.
+
+    Raises:
+        MergeError: the setting that makes it so.
+    """
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise MergeError(f"{path} is a {kind} adapter; only LORA adapters can be merged")
+        raise MergeError(f"{path} is a {kind} adapter, not LORA")
     for key, fine in (
         ("use_dora", (False, None)),
         ("use_qalora", (False, None)),
@@ -157,7 +162,7 @@ def _refuse(path: Path, config: dict[str, Any]) -> None:
         if config.get(key) not in fine:
             raise MergeError(
                 f"{path}: its adapter_config.json has {key} = {config[key]!r}, with which the change is not "
-                "scale * B @ A alone; merge full checkpoints instead"
+                "scale * B @ A alone. Make full weights of it (PEFT's merge_and_unload) and use those"
             )
 
 

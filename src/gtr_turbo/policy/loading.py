@@ -14,6 +14,8 @@ from torch import nn
 
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import ModelConfig
+from gtr_turbo.merging.lora import check_kind
+from gtr_turbo.merging.shards import MergeError
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.processing import QWEN
 
@@ -55,13 +57,17 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
     """The settings of `model` that a LoRA adapter was made with: `vision`, `lora_rank`, `lora_alpha`.
 
     Raises:
-        ConfigError: there is no LoRA adapter, or it cannot be read.
+        ConfigError: there is no LoRA adapter, it cannot be read, or it changes more than scale * B @ A, which is
+            all that teachers are made of.
     """
     try:
         about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             names = list(file.keys())
         rank, alpha = about["r"], about["lora_alpha"]
+        check_kind(folder, about)
+    except MergeError as error:
+        raise ConfigError(f"model.adapter cannot be used: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigError(
             f"model.adapter={str(folder)!r} holds no LoRA adapter ({error}). Give the folder that `gtr-turbo sft` "
@@ -171,7 +177,9 @@ def add_adapters(base: Any, config: ModelConfig) -> Any:
     with warnings.catch_warnings():  # peft asks transformers for a property by its old name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is dep", FutureWarning)
         if config.adapter:
-            return PeftModel.from_pretrained(base, config.adapter, is_trainable=True)
+            made = LoraConfig.from_pretrained(config.adapter)
+            made.lora_dropout = config.lora_dropout
+            return PeftModel.from_pretrained(base, config.adapter, is_trainable=True, config=made)
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
