@@ -330,6 +330,7 @@ def test_eval_prints_one_object(capsys, finished, which, tmp_path):
     records = tmp_path / "records.jsonl"
     arguments = ["eval", str(finished), "--which", which, "--episodes", "3", "--json"]
     assert main([*arguments, "--records", str(records)]) == 0
+    check_fails(capsys, [*arguments, "--records", str(tmp_path)], "is a folder; give a file in it")
     result = json.loads(capsys.readouterr().out)
     assert {"success", "interval", "episodes", "return", "valid"} <= set(result)
     assert result["episodes"] == 3
@@ -365,6 +366,8 @@ def test_the_teacher_of_a_run_whose_settings_are_for_adapters_is_evaluated(finis
     settings["rollout"]["engine"], settings["teacher"]["history"] = "vllm", "factors"
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     assert main(["eval", str(run), "--which", "teacher", "--episodes", "1"]) == 0
+    (teacher,) = sorted(run.glob("checkpoints/*/teacher"))[-1:]
+    assert main(["eval", str(teacher), "--episodes", "1"]) == 0
 
 
 class Bare(gymnasium.Env):

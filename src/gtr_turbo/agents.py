@@ -39,8 +39,6 @@ def stored_settings(path: Path, which: str) -> dict[str, Any]:
             model |= {"adapter": str(student), **adapter_settings(student)}
         else:
             model |= {"path": str(saved[-1] / which), "train": "full", "adapter": None}
-        for group, name in (("rollout", "engine"), ("teacher", "history")):
-            settings.get(group, {}).pop(name, None)  # not asked here, and may be for adapters only
         return settings
     if which == "teacher":
         raise ConfigError(f"{path} is no run folder, so it has no teacher; drop --which teacher")
@@ -135,10 +133,10 @@ def agent_of(options: argparse.Namespace) -> tuple[Policy | None, TrainConfig]:
     if options.agent:
         check_agent(options.agent)
         settings = stored_settings(Path(options.agent), options.which)
-        if "env" not in settings and not (options.config or options.env):
+        if "id" not in settings.get("env", {}) and not (options.config or options.env):
             raise ConfigError(
-                f"{options.agent} has no settings beside its weights (the config.yaml of a run, the recipe.yaml of "
-                "sft and export), so what it plays and how it is asked are not known: give the recipe it had "
+                f"{options.agent} has no environment in the settings beside its weights (the config.yaml of a run, "
+                "the recipe.yaml of sft and export), so what it plays is not known: give the recipe it had "
                 "(--config NAME_OR_FILE), or an environment (--env ID)"
             )
     elif not (options.env or options.config):
@@ -152,6 +150,8 @@ def agent_of(options: argparse.Namespace) -> tuple[Policy | None, TrainConfig]:
         settings = merge(read_config(config_file(options.config)), {"model": model})
     if options.env:
         settings["env"] = _other_environment(settings.get("env", {}), options.env)
+    for group, name in (("rollout", "engine"), ("teacher", "history")):
+        settings.get(group, {}).pop(name, None)  # not asked here, and may be for adapters only
     config: TrainConfig = build_config(TrainConfig, settings)
     if not options.agent:
         return None, config

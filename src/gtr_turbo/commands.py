@@ -168,6 +168,8 @@ def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
     baselines = read_names(options.baselines) if options.baselines is not None else ()
     if options.records and not Path(options.records).absolute().parent.is_dir():
         raise ConfigError(f"--records {options.records}: there is no such folder; make it first")
+    if options.records and Path(options.records).is_dir():
+        raise ConfigError(f"--records {options.records} is a folder; give a file in it")
     policy, config = agent_of(options)
     if policy is not None:
         torch.set_num_threads(config.threads)
