@@ -1,6 +1,7 @@
 """`gtr-turbo sft`: what is demonstrated, what a vocabulary holds, and that imitation learns."""
 
 import json
+import warnings
 from itertools import islice, pairwise
 
 import numpy as np
@@ -16,6 +17,7 @@ from gtr_turbo.config import ModelConfig
 from gtr_turbo.envs import make_env
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.model import Policy
+from gtr_turbo.policy.scoring import score
 from gtr_turbo.settings import (
     SFT_CONFIGS,
     build_config,
@@ -25,6 +27,7 @@ from gtr_turbo.settings import (
     read_config,
 )
 from gtr_turbo.sft_config import DemonstrationConfig, SFTConfig
+from gtr_turbo.turns.batch import make_inputs
 
 HOUSE = {"prompt": "compact", "split": "train"}
 
@@ -145,7 +148,11 @@ def test_a_tiny_model_learns_what_is_shown(tmp_path):
     text = json.dumps({"thoughts": "I hold nothing.", "action": "look"})
     assert policy.processor.decode(policy.processor.reply_ids(text)) == f"{text}<|im_end|>"
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    assert recipe["env"] == {"id": "Household-Place", "options": {"prompt": "compact"}}
+    assert recipe["env"] == {
+        "id": "Household-Place",
+        "options": {"prompt": "compact"},
+        "eval_split": "held-out",
+    }
 
 
 def test_the_start_of_a_real_run_is_an_adapter_that_is_trained_on_and_evaluated(tmp_path):
@@ -199,6 +206,92 @@ def test_the_vision_tower_cannot_learn_without_labels(monkeypatch, tmp_path):
     config = SFTConfig(out=str(tmp_path / "out"), demonstrations=[few], vision_steps=1, steps=1)
     with pytest.raises(ConfigError, match="vision_steps"):
         sft.train(config, lambda row: None)
+
+
+def test_the_vision_tower_cannot_learn_where_it_is_frozen():
+    with pytest.raises(ConfigError, match="vision_steps=5 would train the vision tower"):
+        SFTConfig(vision_steps=5, model=ModelConfig(vision="frozen"))
+
+
+def shown(policy, count):
+    data = sft.Demonstrations()
+    data.collect(policy, DemonstrationConfig(options={"prompt": "compact"}), seed=0)
+    data.observed, data.replies = data.observed[:count], data.replies[:count]
+    return data
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_made_again_where_memory_is_to_be_saved(tiny, checkpointing):
+    """`transformers` does so in training mode only. Three passes: one a micro-batch, two with checkpointing."""
+    lora = {"train": "lora", "lora_rank": 4, "vision": "trained", "attention": "eager"}
+    policy = Policy(
+        ModelConfig(path=str(tiny), gradient_checkpointing=checkpointing, **lora), temperature=1.0
+    )
+    data, passes = shown(policy, 6), []
+    layer = next(m for name, m in policy.named_modules() if name.endswith("layers.0.mlp"))
+    layer.register_forward_pre_hook(lambda *_: passes.append(1))
+    config = SFTConfig(steps=1, batch_turns=6, microbatch_turns=2)
+    sft.imitate(policy, data, config, lambda row: None)
+    assert len(passes) == 3 * (1 + checkpointing)
+    assert not policy.model.training
+
+
+def test_a_pass_that_memory_does_not_hold_is_made_again_in_smaller_ones(tiny, monkeypatch):
+    """The loss of the step is that of one pass over all."""
+    config = SFTConfig(steps=1, batch_turns=6, microbatch_turns=6, lr=1e-3)
+    losses, sizes, whole = [], [], sft.score
+
+    def scarce(policy, inputs):
+        sizes.append(len(inputs.observed))
+        if len(inputs.observed) > most:
+            raise torch.OutOfMemoryError
+        return whole(policy, inputs)
+
+    monkeypatch.setattr(sft, "score", scarce)
+    for most in (6, 1):
+        policy = Policy(ModelConfig(path=str(tiny), attention="eager"), temperature=1.0)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            sft.imitate(policy, shown(policy, 6), config, losses.append)
+        assert [str(w.message).split(": ")[1][:13] for w in told] == ["micro-batches"] * (
+            6 // most // 3
+        )
+    assert sizes == [6, 6, 3, *[1] * 6]
+    assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], abs=1e-5)
+    assert losses[0]["grad_norm"] == pytest.approx(losses[1]["grad_norm"], rel=1e-3)
+
+
+def test_features_of_a_frozen_tower_are_made_a_pass_at_a_time(tiny):
+    """24,000 turns of a 7B model have 21 GB of them."""
+    policy = Policy(ModelConfig(path=str(tiny), attention="eager"), temperature=1.0)
+    data = shown(policy, 6)
+    assert all(observed.features is None for observed in data.observed)
+    seen = policy.encode_images(data.observed)
+    again = policy.observe([o.frame for o in data.observed], ["go"] * 6)
+    for one, other in zip(seen, again, strict=True):
+        assert torch.equal(one.features, other.features)
+    rows = []
+    sft.imitate(policy, data, SFTConfig(steps=1, batch_turns=6, microbatch_turns=6), rows.append)
+    inputs = make_inputs(seen, data.replies, policy.processor.pad_token_id)
+    fresh = Policy(ModelConfig(path=str(tiny), attention="eager"), temperature=1.0)
+    logprobs = score(fresh, inputs).logprobs
+    assert rows[0]["loss"] == pytest.approx(
+        -logprobs.sum().item() / sum(map(len, data.replies)), rel=1e-4
+    )
+
+
+def test_the_recipe_beside_a_start_names_one_environment_or_none(tmp_path):
+    """And the deals it was not shown; options of the demonstrator are not the game's."""
+    one = {"prompt": "full", "split": "train", "solving": 0.5}
+    config = SFTConfig(demonstrations=[DemonstrationConfig(id="Points24", options=one)])
+    assert yaml.safe_load(sft._recipe(config))["env"] == {
+        "id": "Points24",
+        "options": {"prompt": "full"},
+        "eval_split": "held-out",
+    }
+    mixed = [DemonstrationConfig(id=name) for name in ("NumberLine", "Blackjack")]
+    recipe = yaml.safe_load(sft._recipe(SFTConfig(demonstrations=mixed)))
+    assert recipe["env"] == {"options": {"prompt": "full"}}
 
 
 def test_a_failure_leaves_no_random_weights_that_pass_for_a_model(tmp_path):

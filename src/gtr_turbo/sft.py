@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,10 +22,12 @@ import yaml
 from torch import Tensor, nn
 
 from gtr_turbo.checks import ConfigError
+from gtr_turbo.config import PPOConfig
 from gtr_turbo.envs import make_env
-from gtr_turbo.envs.contract import attribute
+from gtr_turbo.envs.contract import attribute, resolve_id
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.loading import DTYPES
+from gtr_turbo.policy.memory import Microbatch
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.scoring import score
 from gtr_turbo.sft_config import DemonstrationConfig, SFTConfig
@@ -34,7 +37,6 @@ from gtr_turbo.turns.turn import Observed
 Report = Callable[[dict[str, float]], None]
 CLASSES = 32  # numbers a frame can show, 0..31, for the throw-away head
 SLOTS = 16
-MICROBATCH = 8  # turns per forward pass
 WORDY_TURNS = 4000
 """So many turns of every environment a vocabulary is made of."""
 
@@ -58,7 +60,7 @@ def visible(info: Mapping[str, Any]) -> Tensor:
 
 
 class Demonstrations:
-    """Observations, expert replies, and what the frames show."""
+    """Observations without visual features, which fill a GPU; expert replies; and what the frames show."""
 
     def __init__(self) -> None:
         self.observed: list[Observed] = []
@@ -78,7 +80,7 @@ class Demonstrations:
             self.replies.append(policy.processor.reply_ids(json.dumps(reply, ensure_ascii=False)))
             self.labels.append(visible(info))
         for at in range(0, len(frames), 64):
-            self.observed += policy.observe(frames[at : at + 64], prompts[at : at + 64])
+            self.observed += policy.tokenize(frames[at : at + 64], prompts[at : at + 64])
 
 
 def played(
@@ -157,10 +159,10 @@ def pretrain_vision(
             "with these it must be 0"
         )
     tower = policy.model.model
-    size = policy.observe([data.observed[0].frame], [""])[0].grid
+    size = data.observed[0].grid
     tokens = int(size.prod()) // 4 if size is not None else 0
     width = policy.model.config.get_text_config().hidden_size
-    head = nn.Linear(tokens * width, SLOTS * CLASSES)
+    head = nn.Linear(tokens * width, SLOTS * CLASSES).to(policy.device)
     parameters = [p for n, p in policy.model.named_parameters() if "visual" in n]
     optimizer = _optimizer([*parameters, *head.parameters()], config)
     for step, rows in enumerate(
@@ -169,12 +171,12 @@ def pretrain_vision(
         for group in optimizer.param_groups:
             group["lr"] = config.lr * _schedule(config, step, config.vision_steps)
         chosen = [shown[int(i)] for i in rows]
-        inputs = policy.processor.image_inputs([data.observed[i].frame for i in chosen])
+        inputs = policy.image_arguments([data.observed[i] for i in chosen])
         output = tower.get_image_features(**inputs, return_dict=True)
         features = torch.stack(output.pooler_output).flatten(1)
         features = nn.functional.rms_norm(features, features.shape[1:])
         logits = head(features).view(len(chosen), SLOTS, CLASSES)
-        labels = torch.stack([data.labels[i] for i in chosen])
+        labels = torch.stack([data.labels[i] for i in chosen]).to(policy.device)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -189,29 +191,44 @@ def imitate(policy: Policy, data: Demonstrations, config: SFTConfig, report: Rep
     """Cross-entropy on the experts' replies, averaged over tokens."""
     parameters = list(policy.trained().values())
     optimizer = _optimizer(parameters, config)
-    pad = policy.processor.pad_token_id
-    for step, rows in enumerate(
-        _batches(len(data.replies), config.batch_turns, config.steps, config.seed)
-    ):
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * _schedule(config, step, config.steps)
-        chosen = sorted((int(i) for i in rows), key=lambda i: len(data.observed[i].prompt_ids))
-        total, loss = sum(len(data.replies[i]) for i in chosen), 0.0
-        for at in range(0, len(chosen), MICROBATCH):  # of like lengths, so that little is padding
-            part = chosen[at : at + MICROBATCH]
-            inputs = make_inputs(
-                [data.observed[i] for i in part], [data.replies[i] for i in part], pad
-            )
-            share = -score(policy, inputs).logprobs.sum() / total
-            share.backward()
-            loss += share.item()
-        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {norm.item()} at step {step}; lower lr")
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 50 == 0 or step + 1 == config.steps:
-            report({"step": step, "loss": loss, "grad_norm": norm.item()})
+    turns = config.microbatch_turns
+    microbatch = Microbatch(PPOConfig(minibatch_turns=turns, microbatch_turns=turns), warnings.warn)
+    policy.model.train()  # without it there is neither dropout nor gradient checkpointing
+    try:
+        for step, rows in enumerate(
+            _batches(len(data.replies), config.batch_turns, config.steps, config.seed)
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * _schedule(config, step, config.steps)
+            chosen = sorted((int(i) for i in rows), key=lambda i: len(data.observed[i].prompt_ids))
+
+            def accumulate(turns: int, chosen: list[int] = chosen) -> float:
+                optimizer.zero_grad()  # of an attempt that ran out of memory
+                return _accumulate(policy, data, chosen, turns)
+
+            loss = microbatch.attempt(accumulate)
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"gradient norm is {norm.item()} at step {step}; lower lr")
+            optimizer.step()
+            if step % 50 == 0 or step + 1 == config.steps:
+                report({"step": step, "loss": loss, "grad_norm": norm.item()})
+    finally:
+        policy.model.eval()
+
+
+def _accumulate(policy: Policy, data: Demonstrations, chosen: list[int], turns: int) -> float:
+    """Add the gradient of the mean loss of the `chosen` replies, in passes of `turns`; returns the loss."""
+    total, loss = sum(len(data.replies[i]) for i in chosen), 0.0
+    for at in range(0, len(chosen), turns):  # of like lengths, so that little is padding
+        part = chosen[at : at + turns]
+        observed = policy.encode_images([data.observed[i] for i in part])
+        replies = [data.replies[i] for i in part]
+        inputs = make_inputs(observed, replies, policy.processor.pad_token_id)
+        share = -score(policy, inputs).logprobs.sum() / total
+        share.backward()
+        loss += share.item()
+    return loss
 
 
 def _recipe(config: SFTConfig) -> str:
@@ -222,8 +239,10 @@ def _recipe(config: SFTConfig) -> str:
     env: dict[str, Any] = {"options": {"prompt": styles.pop() if len(styles) == 1 else "full"}}
     if len(ids) == 1:
         same = {k: v for k, v in options[0].items() if all(given.get(k) == v for given in options)}
-        shared = {k: v for k, v in same.items() if k not in ("split", "expert")}
+        shared = {k: v for k, v in same.items() if k not in ("split", "expert", "solving")}
         env = {"id": ids.pop(), "options": shared}
+        if same.get("split") == "train" and resolve_id(env["id"]).startswith("gtr/"):
+            env["eval_split"] = "held-out"
     model = {name: getattr(config.model, name) for name in ("attention", "dtype", "device")}
     return yaml.safe_dump({"env": env, "model": model})
 

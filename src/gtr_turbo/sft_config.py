@@ -59,6 +59,8 @@ class SFTConfig:
     """Optimizer steps."""
     batch_turns: int = 64
     """Turns per optimizer step."""
+    microbatch_turns: int = 8
+    """Turns per forward and backward pass; halved where a GPU's memory does not hold so many."""
     lr: float = 2e-3
     """Peak learning rate; linear warm-up, then linear decay to 0."""
     warmup_steps: int = 50
@@ -73,7 +75,7 @@ class SFTConfig:
     """Type of the written weights."""
 
     def __post_init__(self) -> None:
-        positive(self, "steps", "batch_turns", "lr", "threads")
+        positive(self, "steps", "batch_turns", "microbatch_turns", "lr", "threads")
         not_negative(self, "vision_steps", "warmup_steps", "weight_decay", "seed")
         if self.pieces and self.vocabulary == "cards":
             raise ConfigError(
@@ -81,5 +83,10 @@ class SFTConfig:
             )
         if self.vocabulary != "cards" and self.architecture is None:
             raise ConfigError("vocabulary is given, but no architecture: model.path has its own")
+        if self.vision_steps and self.model.vision == "frozen":
+            raise ConfigError(
+                f"vision_steps={self.vision_steps} would train the vision tower, and model.vision='frozen' keeps "
+                "it as it is; give vision_steps 0 or model.vision trained"
+            )
         if not self.demonstrations:
             raise ConfigError("demonstrations is empty; name at least one environment")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,24 +129,33 @@ class Policy(Weights):
 
     # -- inputs --------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def observe(self, frames: list[np.ndarray], prompts: list[str]) -> list[Observed]:
         """Tokenise observations; compute visual features once where the vision tower is frozen."""
+        return self.encode_images(self.tokenize(frames, prompts))
+
+    def tokenize(self, frames: list[np.ndarray], prompts: list[str]) -> list[Observed]:
+        """Observations without visual features."""
         rows = self.processor.encode(frames, prompts)
         grids = [self.processor.grid(frame) if self.processor.native else None for frame in frames]
-        features: list[Tensor] | list[None] = [None] * len(rows)
-        if self.caches_features:
-            features = self._encode_images(self.processor.image_inputs(frames))
         return [
             Observed(
                 prompt_ids=ids,
-                positions=self._prompt_positions(ids, grids[i]),
-                frame=frames[i],
-                features=features[i],
-                grid=grids[i],
+                positions=self._prompt_positions(ids, grid),
+                frame=frame,
+                features=None,
+                grid=grid,
             )
-            for i, ids in enumerate(rows)
+            for ids, frame, grid in zip(rows, frames, grids, strict=True)
         ]
+
+    @torch.no_grad()
+    def encode_images(self, observed: list[Observed]) -> list[Observed]:
+        """The same with visual features, on the model's device, where the vision tower is frozen."""
+        if not self.caches_features:
+            return observed
+        inputs = self.processor.image_inputs([o.frame for o in observed])
+        features = self._encode_images(inputs)
+        return [replace(o, features=f) for o, f in zip(observed, features, strict=True)]
 
     def _encode_images(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         out = self._plain.model.get_image_features(
