@@ -330,12 +330,12 @@ def test_eval_prints_one_object(capsys, finished, which, tmp_path):
     records = tmp_path / "records.jsonl"
     arguments = ["eval", str(finished), "--which", which, "--episodes", "3", "--json"]
     assert main([*arguments, "--records", str(records)]) == 0
-    check_fails(capsys, [*arguments, "--records", str(tmp_path)], "is a folder; give a file in it")
     result = json.loads(capsys.readouterr().out)
     assert {"success", "interval", "episodes", "return", "valid"} <= set(result)
     assert result["episodes"] == 3
     assert result["which"] == which
     assert [json.loads(line)["number"] for line in records.read_text().splitlines()] == [0, 1, 2]
+    check_fails(capsys, [*arguments, "--records", str(tmp_path)], "is a folder; give a file in it")
 
 
 def test_eval_for_people_and_its_refusals(capsys, finished, tiny):
@@ -405,7 +405,10 @@ def test_another_environment_gets_no_options_that_nobody_gave_it(capsys, finishe
 
 @pytest.mark.parametrize("command", ["eval", "play"])
 def test_weights_alone_are_not_played_as_something_they_may_not_know(capsys, tiny, command):
-    check_fails(capsys, [command, str(tiny)], "no settings beside its weights", "--config", "--env")
+    """The shipped starter of the card games has a recipe beside it, which says how it is asked, not what it plays."""
+    for agent in (str(tiny), "tiny-qwen3-vl"):
+        told = "no environment in the settings beside its weights"
+        check_fails(capsys, [command, agent], told, "--config", "--env")
 
 
 def test_play_shows_turns_and_saves_frames(capsys, finished, tmp_path):
