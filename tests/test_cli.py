@@ -405,7 +405,7 @@ def test_another_environment_gets_no_options_that_nobody_gave_it(capsys, finishe
 
 @pytest.mark.parametrize("command", ["eval", "play"])
 def test_weights_alone_are_not_played_as_something_they_may_not_know(capsys, tiny, command):
-    """The shipped starter of the card games has a recipe beside it, which says how it is asked, not what it plays."""
+    """The recipe beside the shipped starter of the card games says how it is asked, not what it plays."""
     for agent in (str(tiny), "tiny-qwen3-vl"):
         told = "no environment in the settings beside its weights"
         check_fails(capsys, [command, agent], told, "--config", "--env")

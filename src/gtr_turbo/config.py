@@ -146,7 +146,7 @@ class PPOConfig:
     lr: float = 1e-4
     """Adam's learning rate at the first optimizer step."""
     lr_final: float = 1e-9
-    """Learning rate at the last optimizer step; cosine in between."""
+    """Learning rate the cosine ends at, one step after the last."""
     value_lr: float = 1e-3
     """Learning rate of the critic, constant."""
     adam_eps: float = 1e-7
@@ -369,10 +369,3 @@ class TrainConfig:
     def num_updates(self) -> int:
         """Whole updates in `env_steps`."""
         return self.env_steps // self.turns_per_update
-
-    @property
-    def optimizer_steps(self) -> int:
-        """Optimizer steps of the whole run, for the learning rate's cosine."""
-        return (
-            self.num_updates * self.ppo.epochs * self.turns_per_update // self.ppo.minibatch_turns
-        )

@@ -114,7 +114,13 @@ class Learner:
             self._start_print,
         )
         self._envs.restore(state["envs"][self._envs.first :][: self._own_envs])
-        self._memory.restore(state["update"])
+        try:
+            self._memory.restore(state["update"], state.get("targets", 0))
+        except (OSError, ValueError) as error:
+            raise checkpoint.CheckpointError(
+                f"checkpoint {newest} of {run} needs the thoughts collected so far: {error}. Bring back "
+                "RUN/imitation (it goes with the run), or remove the checkpoint to go on from the one before"
+            ) from error
         self.teacher_age = state["teacher_age"]
         return state
 
@@ -201,9 +207,11 @@ class Learner:
             "settings": checkpoint.fixed_settings(self._config),
             "start": self._start_print,
             "teacher_age": self.teacher_age,
+            "targets": len(self._memory),
             "envs": [env for part in self._ranks.gather(self._envs.state()) for env in part],
         }
         keep = self._config.save.keep
+        self._memory.sync()
         checkpoint.save(run, self.policy, self._optimizer, self._history, state, keep=keep)
         if self._ranks.first:
             self._memory.prune(int(checkpoint.folders(run)[0].name))
@@ -304,9 +312,12 @@ def _teacher_metrics(
     metrics["teacher/zero_fraction"] = history.zero_fraction
     if batch.kl_tokens is not None:
         assert batch.kl_mask is not None
-        total = policy.ranks.sum(torch.stack([batch.kl_tokens.sum(), batch.kl_mask.sum()]))
-        metrics["teacher/kl"] = float(total[0] / total[1].clamp(min=1))
-    if batch.kl_tokens is not None and config.guidance.kind in ("kl", "static"):
+        total, tokens = policy.ranks.sum(
+            torch.stack([batch.kl_tokens.sum(), batch.kl_mask.sum()])
+        ).tolist()
+        if tokens:
+            metrics["teacher/kl"] = total / tokens
+    if "teacher/kl" in metrics and config.guidance.kind in ("kl", "static"):
         metrics["teacher/credit"] = config.guidance.beta * metrics["teacher/kl"]
     return metrics
 

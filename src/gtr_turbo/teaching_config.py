@@ -21,9 +21,10 @@ class ImitationConfig:
     weight: float = 1.0
     """Of the cross-entropy per token in the loss."""
     weight_final: float = 1.0
-    """Its value in the last update; it changes linearly."""
+    """Its value in the last update; it changes linearly. At 0 thoughts are collected all the same."""
     samples: int = 64
-    """Collected turns that join each optimizer step."""
+    """Collected turns that join each optimizer step. The trainer also lets the teacher write so many replies at
+    once."""
     limit: int = 0
     """Newest turns that are kept, on disk those that a checkpoint needs too; 0 keeps all, as published. A larger
     one on resume does not bring back what was dropped."""
@@ -39,6 +40,12 @@ class ImitationConfig:
     def __post_init__(self) -> None:
         positive(self, "samples", "temperature", "temperature_ramp", "temperature_max")
         not_negative(self, "weight", "weight_final", "limit", "retries")
+        if self.temperature_ramp < 1 or self.temperature > self.temperature_max:
+            raise ConfigError(
+                f"guidance.imitation: new tries must not be colder, but temperature_ramp={self.temperature_ramp}, "
+                f"temperature={self.temperature} and temperature_max={self.temperature_max} are given; the ramp is "
+                "at least 1, the maximum at least the temperature"
+            )
 
     def weight_at(self, update: int, updates: int) -> float:
         """The weight in an update, counted from 0, of a run of so many; that of a single one is `weight`."""
@@ -92,7 +99,8 @@ class ExternalConfig:
     retries: int = 4
     """New tries for a turn, whatever went wrong; those of an outage are forgotten when it ends."""
     backoff_s: float = 1.0
-    """Pause before the first new try, doubled each time up to 60 s, with jitter; `Retry-After` comes first."""
+    """Pause before the first new try, doubled each time up to 60 s, with jitter; `Retry-After` comes first, and one
+    above 60 s ends the tries."""
     temperature: float | None = 0.2
     """Of the corrector; null sends none, for models that refuse it."""
     max_tokens: int = 1024

@@ -165,7 +165,7 @@ def thoughts(policy, turns, ranks, folder, *, restored=False):
         return memory
     ranks.total(0)  # the files are there
     again = Memory(folder, 0, ranks, share)
-    again.restore(2)
+    again.restore(2, len(memory))
     return again
 
 
@@ -176,7 +176,7 @@ def collections(path, turns, ranks, out):
     thoughts(policy, turns, ranks, both)
     ranks.total(0)  # the files are there
     memory = Memory(alone, 0, ranks, ENVS // ranks.world)
-    memory.restore(2)
+    memory.restore(2, 0)
     return {
         "files": [
             {str(file.relative_to(folder)): file.read_bytes().hex() for file in folder.rglob("*.*")}

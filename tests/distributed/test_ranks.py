@@ -145,7 +145,7 @@ def test_the_collection_goes_from_one_process_to_two_and_back(found):
     assert [row["imitation/asked"] for row in rows_of(found["run"])] == [4, 4]
     state = checkpoint.read_state(checkpoint.folders(found["run"])[-1])
     memory = Memory(found["run"] / "imitation", 0)
-    memory.restore(state["update"])
+    memory.restore(state["update"], state["targets"])
     assert len(memory) == 8
     assert {target.frame for target in memory.targets} == set(memory._frames)
 

@@ -333,6 +333,28 @@ def test_what_rounding_takes_of_a_change_is_told(tiny, form):
     assert exact.teacher_rounding() == 0
 
 
+def test_what_the_start_loses_is_not_taken_from_the_change(tiny, tmp_path):
+    """The start of an adapter is off the grid of bfloat16: a teacher of no change is rounded, and of a change as
+    large as the weights, which rounding takes a 512th of at most, no more arrives wrong than of any other."""
+    first = make_policy(tiny, **LORA)
+    perturb(first)
+    first.save_student(tmp_path)
+    policy = make_policy(tiny, **LORA, **BF16, adapter=str(tmp_path))
+    base = policy._replaced()
+    policy.load_teacher({name: torch.zeros_like(d) for name, d in policy.deltas()})
+    begun = {name: tensor.float() for name, tensor in policy.teacher_state().items()}
+    assert policy.teacher_rounding() == 0
+    change = {name: 1e-4 * tensor.float().cpu() for name, tensor in base.items()}
+    policy.load_teacher(change)
+    lost = sum(
+        float((policy.teacher_state()[name].float() - begun[name] - change[name]).square().sum())
+        for name in change
+    )
+    assert policy.teacher_rounding() == pytest.approx(
+        lost**0.5 / policy.teacher_distance(), rel=1e-5
+    )
+
+
 def test_with_adapters_only_the_teacher_and_the_base_move_and_the_base_is_kept_once(tiny):
     policy = make_policy(tiny, **LORA, **BF16)
     policy.load_teacher(noise(policy))

@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import endpoints
@@ -22,6 +23,7 @@ from PIL import Image
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.collect import Envs, collect
 from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig
+from gtr_turbo.distributed.ranks import ALONE, Ranks
 from gtr_turbo.envs import make_env
 from gtr_turbo.envs.cards.drawing import RANKS
 from gtr_turbo.teacher.collection import Memory
@@ -60,10 +62,10 @@ def tools():
     return make_env("EZPoints", prompt="compact").get_wrapper_attr("tools")
 
 
-def corrector(server, folder, offered=(), notes=None, **changes):
+def corrector(server, folder, offered=(), notes=None, ranks=ALONE, **changes):
     config = endpoints.settings(server, **changes)
     told = [] if notes is None else notes
-    return Corrector(config, folder, FIELDS, SCHEMAS, offered, told.append, seed=0)
+    return Corrector(config, folder, FIELDS, SCHEMAS, offered, told.append, seed=0, ranks=ranks)
 
 
 def failures(asked):
@@ -469,6 +471,37 @@ def test_a_conversation_that_cannot_be_written_down_is_closed_all_the_same(tmp_p
     assert opened == [None]
 
 
+def test_when_an_answer_cannot_be_written_down_no_more_are_paid_for(turns, tmp_path, monkeypatch):
+    with endpoint() as server:
+        asked = corrector(server, tmp_path)
+        monkeypatch.setattr(asked.ledger, "_path", Path("/dev/full"))
+        with pytest.raises(OSError, match="No space left"):
+            asked.ask(turns, 1)
+    assert len(server.requests) <= 2 < len(turns)
+
+
+def test_what_was_spent_before_there_were_prices_counts_at_those_of_now(turns, tmp_path):
+    """Two requests of 1,100 tokens; at $1 a token in and nothing out they cost $2,000."""
+    usage = {"usage": {"prompt_tokens": 1000, "completion_tokens": 100}}
+    with endpoint(after=says(ANSWER) | usage) as server:
+        corrector(server, tmp_path).ask(turns[:2], 1)
+        priced = {"dollars": 2500.0, "input_price": 1e6}
+        resumed = corrector(server, tmp_path, budget=priced)
+        assert resumed.ledger.spent.dollars == pytest.approx(2000)
+        assert "may take 1000" in resumed.ledger.short()
+
+
+def test_a_rank_that_asks_nothing_needs_neither_the_extra_nor_the_ledger(
+    turns, tmp_path, monkeypatch
+):
+    with endpoint() as server:
+        corrector(server, tmp_path).ask(turns[:1], 1)
+        monkeypatch.setitem(sys.modules, "jsonschema", None)
+        with pytest.raises(ImportError):
+            corrector(server, tmp_path)
+        assert corrector(server, tmp_path, ranks=Ranks(rank=1, world=2)).ledger.spent.calls == 0
+
+
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_a_budget_of_calls_is_kept_and_used_up(turns, tmp_path, concurrency):
     with endpoint() as server:
@@ -516,7 +549,7 @@ def test_an_update_without_an_answer_of_use_is_told(turns, tmp_path):
     notes = []
     with endpoint(after=says("no json")) as server:
         corrector(server, tmp_path, notes=notes, retries=0, concurrency=1).ask(turns[:2], 7)
-    assert "gave no answer of use in update 7 (not_json 2): it is not guided" in notes[-1]
+    assert "gave no answer of use in update 7 (not_json 2): nothing of it is collected" in notes[-1]
 
 
 def test_json_of_any_depth_is_judged():

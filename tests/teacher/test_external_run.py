@@ -71,7 +71,7 @@ def test_training_lowers_the_cross_entropy_of_corrected_thoughts(tiny, tmp_path)
             assert row["imitation/collected"] == 4
             assert row["external/calls"] == 2 * (4 - row["external/known"])  # the tool, the answer
     memory = Memory(tmp_path / "guided" / "imitation", 0)
-    memory.restore(1)
+    memory.restore(1, 4)
     students = [folders(tmp_path / name)[-1] / "student" for name in ("guided", "control")]
     losses = []
     for path in (*students, tiny):

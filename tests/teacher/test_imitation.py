@@ -3,13 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
-from gtr_turbo.checkpoint import own_folder
+from gtr_turbo.checkpoint import CheckpointError, own_folder
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.collect import Envs, collect
 from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig, SaveConfig
@@ -174,6 +175,11 @@ def test_invalid_turns_are_not_asked_about(policy, turns, monkeypatch):
     )
     assert written.texts[0] is None
     assert asked == [(3, 0.2)]
+    none = [replace(turn, valid=False) for turn in turns]
+    written = write_thoughts(
+        policy, none, FIELDS, ImitationConfig(), SamplingConfig(), torch.Generator(), batch_turns=8
+    )
+    assert written.metrics == {"imitation/asked": 0.0}, "of no answers there is no share"
 
 
 def test_the_merge_writes_and_not_the_agent(policy, turns, monkeypatch):
@@ -210,7 +216,7 @@ def collected(policy, turns, folder, limit=0, updates=(1,)):
 def test_targets_come_back_from_the_files_as_they_were(policy, turns, tmp_path):
     memory = collected(policy, turns, tmp_path, updates=(1, 2))
     again = Memory(tmp_path, 0)
-    again.restore(2)
+    again.restore(2, 8)
     assert len(again) == len(memory) == 8
     for old, new in zip(memory.targets, again.targets, strict=True):
         assert (old.frame, old.prompt, old.thought_tokens) == (
@@ -229,7 +235,7 @@ def test_targets_come_back_from_the_files_as_they_were(policy, turns, tmp_path):
 def test_later_files_are_removed_when_a_run_goes_back(policy, turns, tmp_path):
     collected(policy, turns, tmp_path, updates=(1, 2, 3))
     again = Memory(tmp_path, 0)
-    again.restore(1)
+    again.restore(1, 4)
     assert len(again) == 4
     assert sorted(file.name for file in tmp_path.glob("*.jsonl")) == ["000001.jsonl"]
 
@@ -255,7 +261,7 @@ def test_the_limit_keeps_the_newest(policy, turns, tmp_path):
     memory = collected(policy, turns, tmp_path, limit=3, updates=(1, 2))
     assert len(memory) == 3
     again = Memory(tmp_path, 3)
-    again.restore(2)
+    again.restore(2, 3)
     assert [t.prompt for t in again.targets] == [t.prompt for t in memory.targets]
 
 
@@ -266,14 +272,14 @@ def test_the_limit_bounds_the_disk_and_what_resume_reads(policy, turns, tmp_path
         memory.add(update, asked, [splice(policy.processor, TEACHER, turn.text, FIELDS)] * 2)
     (tmp_path / "000001.jsonl").write_text("damaged, but of no use any more")
     again = Memory(tmp_path, 3)
-    again.restore(4)
+    again.restore(4, 3)
     assert [t.prompt for t in again.targets] == [t.prompt for t in memory.targets]
     memory.prune(3)
     assert sorted(file.name for file in tmp_path.glob("*.jsonl")) == [
         f"00000{update}.jsonl" for update in (2, 3, 4)
     ], "a run that goes back to update 3 needs its two targets and one of update 2"
     back = Memory(tmp_path, 3)
-    back.restore(3)
+    back.restore(3, 3)
     assert [t.prompt[-2:] for t in back.targets] == [" 1", " 0", " 1"]
     Memory(tmp_path, 2).prune(3)
     left = {hashlib.sha256(turns[2].observed.frame.tobytes()).hexdigest()[:16]}
@@ -293,7 +299,18 @@ def test_a_damaged_file_is_named(policy, turns, tmp_path):
     collected(policy, turns, tmp_path)
     (tmp_path / "000001.jsonl").write_text('{"frame": "x"}\n')
     with pytest.raises(ValueError, match=r"000001\.jsonl, line 1"):
-        Memory(tmp_path, 0).restore(1)
+        Memory(tmp_path, 0).restore(1, 4)
+
+
+def test_a_collection_that_is_not_all_there_is_refused(policy, turns, tmp_path):
+    """But for what a limit drops: of the five there were, one of three needs three."""
+    collected(policy, turns, tmp_path, updates=(1, 2))
+    (tmp_path / "000001.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds 4 of the 8 targets there were"):
+        Memory(tmp_path, 0).restore(2, 8)
+    Memory(tmp_path, 3).restore(2, 8)
+    with pytest.raises(ValueError, match="holds 0 of the 3"):
+        Memory(tmp_path / "elsewhere", 3).restore(2, 5)
 
 
 # -- learning --------------------------------------------------------------------------------------
@@ -423,6 +440,34 @@ def test_a_bounded_collection_has_what_the_older_checkpoint_needs(tiny, tmp_path
     assert again["imitation/loss"] == whole[-1]["imitation/loss"]
 
 
+@pytest.mark.parametrize("lost", ["imitation/000001.jsonl", "imitation/frames", "imitation"])
+def test_a_run_whose_collection_is_gone_does_not_go_on_without_it(
+    tiny, tmp_path, monkeypatch, lost
+):
+    run(sft_settings(tiny, env_steps=8), tmp_path, monkeypatch)
+    gone = tmp_path / lost
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    told = r"checkpoint 000002 of .* needs the thoughts collected so far.*RUN/imitation"
+    with pytest.raises(CheckpointError, match=told):
+        run(sft_settings(tiny, env_steps=12), tmp_path, monkeypatch, resume=True)
+
+
+def test_the_disk_holds_the_collection_before_the_checkpoint(tiny, tmp_path, monkeypatch):
+    """A checkpoint is renamed into its place last; what it needs must outlast a power cut as it does."""
+    synced, real = [], os.fsync
+
+    def fsync(handle):
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run(sft_settings(tiny, env_steps=4), tmp_path, monkeypatch)
+    made = {str(path) for path in (tmp_path / "imitation").rglob("*.*")}
+    assert len(made) > 1
+    checkpointed = next(i for i, name in enumerate(synced) if ".part/" in name)
+    assert made <= set(synced[:checkpointed])
+
+
 def test_static_guidance_measures_the_distance_to_the_start(tiny, tmp_path, monkeypatch):
     policy = make_policy(tiny)
     start = {n: p.detach().clone() for n, p in policy.trained().items()}
@@ -446,3 +491,10 @@ def test_static_guidance_measures_the_distance_to_the_start(tiny, tmp_path, monk
 def test_settings_out_of_range_are_named(wrong):
     with pytest.raises(ConfigError, match=f"guidance.imitation.{next(iter(wrong))}"):
         ImitationConfig(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 1.0}, {"temperature_ramp": 0.9}])
+def test_new_tries_are_not_colder(wrong):
+    with pytest.raises(ConfigError, match="new tries must not be colder"):
+        ImitationConfig(**wrong)
+    ImitationConfig(temperature=1.0, temperature_max=1.0, temperature_ramp=1.0)

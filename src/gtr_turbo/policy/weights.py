@@ -236,10 +236,11 @@ class Weights(nn.Module):
             if self._first_factors:
                 first = self._first_change(name, layers[name])
                 begun = begun + part_of(first, replaced[name]).cpu()
-            wanted = begun + part_of(tensor, replaced[name]).cpu()
-            teacher[name].copy_(wanted)
-            if wanted.dtype != teacher[name].dtype:
-                lost[name] = float((wanted - teacher[name]).square().sum())
+            given = part_of(tensor, replaced[name]).cpu()
+            teacher[name].copy_(begun + given)
+            if given.dtype != teacher[name].dtype:  # beside what the start itself loses
+                kept = teacher[name].float() - begun.to(teacher[name].dtype).float()
+                lost[name] = float((given - kept).square().sum())
             if self.cut is not None:
                 self.cut.take(name, tensor.to(self.device), first)
             squares[name] = float((tensor**2).sum())

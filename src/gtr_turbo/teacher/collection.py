@@ -68,6 +68,7 @@ class Memory:
         self._frames: dict[str, bytes] = {}
         self._seen: dict[tuple[str, str], Observed] = {}
         self._features: dict[str, Tensor] = {}
+        self._unsynced: list[Path] = []
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -105,7 +106,7 @@ class Memory:
         self._write_frames(fresh)
         if self.ranks.first:
             lines = "".join(f"{json.dumps(row)}\n" for row in kept)
-            _write(self._folder / f"{update:06d}.jsonl", lines.encode())
+            self._write(self._folder / f"{update:06d}.jsonl", lines.encode())
         self._forget()
 
     def _target(self, row: Mapping[str, Any]) -> Target:
@@ -137,8 +138,22 @@ class Memory:
             for name, size in names.items():
                 path = folder / f"{name}.png"
                 if not path.exists():
-                    _write(path, data[at : at + size])
+                    self._write(path, data[at : at + size])
                 at += size
+
+    def _write(self, path: Path, data: bytes) -> None:
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(data)
+        os.replace(part, path)
+        self._unsynced.append(path)
+
+    def sync(self) -> None:
+        """Have the disk hold all that was written: a checkpoint is nothing without it."""
+        for path in self._unsynced:
+            if path.exists():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        self._unsynced.clear()
 
     def _remember(self, name: str, prompt: str, observed: Observed) -> None:
         """Keep an observation without its frame; turns with one frame share its features."""
@@ -159,12 +174,16 @@ class Memory:
         self._seen = {key: seen for key, seen in self._seen.items() if key[0] in shown}
         self._features = {name: kept for name, kept in self._features.items() if name in shown}
 
-    def restore(self, update: int) -> None:
+    def restore(self, update: int, saved: int) -> None:
         """Take up the newest files of the updates up to `update`; later ones are removed.
 
+        Args:
+            update: number of the last one.
+            saved: targets there were after it.
+
         Raises:
-            OSError: a file is missing.
-            ValueError: a file is damaged.
+            OSError: a file cannot be read.
+            ValueError: a file is damaged, or some are missing.
         """
         read: list[list[Target]] = []
         for file in sorted(self._folder.glob("[0-9]*.jsonl"), reverse=True):
@@ -174,6 +193,11 @@ class Memory:
             elif not self._limit or sum(map(len, read)) < self._limit:
                 read.append(self._read(file))
         self.targets += [target for targets in reversed(read) for target in targets]
+        expected = min(saved, self._limit or saved)
+        if len(self.targets) < expected:
+            raise ValueError(
+                f"{self._folder} holds {len(self.targets)} of the {expected} targets there were"
+            )
         self._forget()
 
     def _read(self, file: Path) -> list[Target]:
@@ -239,9 +263,3 @@ def _small(observed: Observed) -> bool:
     """True if keeping the features costs no more than keeping the frame would."""
     features = observed.features
     return features is not None and features.nbytes <= observed.frame.nbytes
-
-
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)

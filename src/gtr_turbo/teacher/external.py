@@ -93,6 +93,8 @@ class Corrector:
             calls_each=self._rounds + 1,
             open_at_once=config.concurrency,
         )
+        if ranks.first:
+            self.ledger.load()
         self.stopped: str | None = None
         self._lock = threading.Lock()
         self._halt = threading.Event()
@@ -176,7 +178,8 @@ class Corrector:
             why = ", ".join(f"{kind} {n}" for kind in FAULTS if (n := self._counts[kind]))
             if why:
                 self._note(
-                    f"{self._config.base_url} gave no answer of use in update {update} ({why}): it is not guided"
+                    f"{self._config.base_url} gave no answer of use in update {update} ({why}): nothing of it is "
+                    "collected"
                 )
         return answers
 
@@ -245,7 +248,11 @@ class Corrector:
             self._halt.set()
             raise
         finally:
-            self.ledger.end(key, update, tally, answer)
+            try:
+                self.ledger.end(key, update, tally, answer)
+            except BaseException:
+                self._halt.set()  # an answer that cannot be written down is lost; no more are paid for
+                raise
             with self._lock:
                 self._counts.update(tally)
 

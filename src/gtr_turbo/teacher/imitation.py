@@ -152,14 +152,10 @@ def write_thoughts(
             temperature = min(temperature * config.temperature_ramp, config.temperature_max)
     counts = torch.tensor([asked, asked - len(open_rows), tries], dtype=torch.float64)
     of_all, done, drawn = policy.ranks.sum(counts).tolist()
-    return Written(
-        texts,
-        {
-            "imitation/asked": of_all,
-            "imitation/written": done / max(1, of_all),
-            "imitation/tries": drawn / max(1, of_all),
-        },
-    )
+    metrics = {"imitation/asked": of_all}
+    if of_all:
+        metrics |= {"imitation/written": done / of_all, "imitation/tries": drawn / of_all}
+    return Written(texts, metrics)
 
 
 def teach(

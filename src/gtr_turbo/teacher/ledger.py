@@ -56,7 +56,7 @@ class Ledger:
         calls_each: int,
         open_at_once: int,
     ) -> None:
-        """Take up what the run has spent so far.
+        """Nothing is asked or spent yet.
 
         Args:
             path: the file; it need not exist.
@@ -64,9 +64,6 @@ class Ledger:
             schema: of an answer.
             calls_each: requests a conversation may need when nothing fails.
             open_at_once: conversations that may be open at the same time.
-
-        Raises:
-            ConfigError: the file is damaged.
         """
         self._path, self._budget, self._schema = path, budget, schema
         self._calls_each, self._open_at_once = calls_each, open_at_once
@@ -76,10 +73,15 @@ class Ledger:
         self._most_tokens, self._most_dollars = 0, 0.0
         self._open, self._extra = 0, 0
         self._changed = threading.Condition()
-        if path.exists():
-            self._load()
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Take up what the run has spent so far, its tokens at the prices of now.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        if not self._path.exists():
+            return
         data = self._path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]  # a crash may have cut the last line
         if len(whole) < len(data):
@@ -91,7 +93,7 @@ class Ledger:
                     wrong := problem(answer, self._schema)
                 ):
                     raise ValueError(wrong)
-                self._take(row["question"], row["update"], Cost(**row["cost"]), answer)
+                self._take(row["question"], row["update"], self._cost(row["cost"]), answer)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ConfigError(
                     f"{self._path}, line {number}, is damaged ({error!r}); remove the line to pay for its "
