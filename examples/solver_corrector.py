@@ -115,19 +115,23 @@ def situation(prompt, image):
 
 
 def correction(env, thought, solved):
-    """What is answered: a thought that is right is given back, another is replaced."""
+    """What is answered: a plan that is right is given back, another is replaced.
+
+    Where nothing reaches the goal any more, there is no better plan than the agent's: only what it sees is mended.
+    """
     facts = env.judge({**thought, "action": "="})
-    plan = solved.get("plan", "no way")
-    right = facts["perception"] and (facts.get("plan", False) or thought["thoughts"] == plan)
+    plan = solved.get("plan")
+    right = facts["perception"] and (facts.get("plan", False) or plan is None)
     wrong = "Its plan" if facts["perception"] else "What it sees, or its plan,"
+    lost = "" if plan else " Nothing reaches the goal from here."
     compact = env.field_schemas["cards"]["items"] == {"type": "integer"}
     return {
-        "evaluation": "The thought is right." if right else f"{wrong} is wrong.",
+        "evaluation": ("The thought is right." if right else f"{wrong} is wrong.") + lost,
         "correct": right,
         "thought": {
             "cards": env.numbers if compact else [RANKS[card.rank] for card in env.cards],
             "formula": env.formula_text(),
-            "thoughts": thought["thoughts"] if right else plan,
+            "thoughts": plan if plan and not right else thought["thoughts"],
         },
     }
 

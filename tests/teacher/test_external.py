@@ -804,7 +804,7 @@ def test_the_local_correctors_thoughts_are_right_plans(name, granularity, style)
 
 
 @pytest.mark.parametrize("name", ["Points24", "EZPoints"])
-def test_the_local_corrector_agrees_that_numbers_in_a_row_lead_nowhere(name):
+def test_where_nothing_reaches_the_goal_the_local_corrector_mends_only_what_is_seen(name):
     import solver_corrector
 
     env = make_env(name, prompt="compact", granularity="token").unwrapped
@@ -812,11 +812,12 @@ def test_the_local_corrector_agrees_that_numbers_in_a_row_lead_nowhere(name):
     env.reset(options={"cards": cards})
     env.step("10")
     observation = env.step("3")[0]
-    thought = {"cards": env.numbers, "formula": "103", "thoughts": "no way"}
+    thought = {"cards": env.numbers, "formula": "103", "thoughts": "10+3=13"}
     answer = ask_directly(solver_corrector, observation, thought)
     assert answer["correct"]
+    assert answer["evaluation"] == "The thought is right. Nothing reaches the goal from here."
     assert answer["thought"] == thought
-    answer = ask_directly(solver_corrector, observation, thought | {"thoughts": "10+3=13"})
+    answer = ask_directly(solver_corrector, observation, thought | {"formula": "10+3"})
     assert not answer["correct"]
     assert answer["thought"] == thought
 
