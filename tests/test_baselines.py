@@ -303,7 +303,7 @@ def test_baselines_need_no_agent(capsys, monkeypatch):
         ),
         (
             ["Household", "--baselines", "random", "--records", "no/r.jsonl"],
-            "there is no such folder",
+            "--records cannot be written",
         ),
     ],
 )

@@ -1,15 +1,18 @@
+import io
 import json
 import os
 import re
 import shutil
 import signal
+import sys
+from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
 import yaml
 
-from gtr_turbo import commands
+from gtr_turbo import commands, trackers
 from gtr_turbo.checkpoint import folders
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.cli import main
@@ -285,6 +288,79 @@ def test_a_run_that_cannot_go_on_with_other_settings_keeps_its_own(capsys, finis
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize(
+    ("over", "told"),
+    [
+        (["--model", "tiny-qwen2.5-vl"], "began from another model"),
+        (["--env.eval_split", "bogus"], "split"),
+        (["--guidance", "external", "--guidance.external.key_variable", "null"], "nothing answers"),
+        (["--trackers", "[tensorboard]"], "tensorboard did not start"),
+    ],
+)
+def test_settings_with_which_a_run_cannot_go_on_are_not_kept(
+    capsys, finished, tmp_path, monkeypatch, over, told
+):
+    """Else the next plain --resume, eval or export would take them."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = (run / "config.yaml").read_bytes()
+    address = [
+        "--guidance.external.base_url",
+        "http://127.0.0.1:9/v1",
+        "--guidance.external.model",
+        "x",
+    ]
+
+    def broken(*given):
+        raise RuntimeError
+
+    monkeypatch.setitem(trackers.WRITERS, "tensorboard", broken)
+    resume = ["train", "--resume", "--run", str(run), "--env_steps", "8"]
+    check_fails(capsys, [*resume, *address, *over], told)
+    assert (run / "config.yaml").read_bytes() == before
+    assert main(resume) == 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["env_steps"] == 8
+
+
+def test_a_recipe_of_ones_own_is_not_overwritten_by_its_run(capsys, small, tmp_path):
+    own = tmp_path / "mine" / "config.yaml"
+    own.parent.mkdir()
+    shutil.copy(small, own)
+    check_fails(
+        capsys, ["train", "--config", str(own), "--run", str(own.parent)], "is of no run", "--run"
+    )
+    assert own.read_bytes() == Path(small).read_bytes()
+
+
+def test_what_an_attempt_left_is_not_shown_as_the_runs_own(small, tmp_path):
+    """Trajectories of updates that this course of the run has not made."""
+    run = tmp_path / "run"
+    (run / "trajectories").mkdir(parents=True)
+    (run / "tensorboard").mkdir()
+    for update in (1, 2):
+        (run / "trajectories" / f"00000{update}.jsonl").write_text("of another environment\n")
+    (run / "tensorboard" / "events.out.tfevents.0").write_text("")
+    assert main(["train", "--config", small, "--run", str(run), "--trackers", "auto"]) == 0
+    assert [path.name for path in (run / "trajectories").glob("*.jsonl")] == ["000001.jsonl"]
+    assert "of another" not in (run / "trajectories" / "000001.jsonl").read_text()
+    assert not (run / "tensorboard" / "events.out.tfevents.0").exists()
+
+
+def test_an_encoding_without_a_sign_does_not_end_a_command(finished, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["play", str(finished), "--episodes", "1", "--show"]) == 0
+    out.flush()
+    assert b"?" in out.buffer.getvalue()
+
+
+def test_weights_are_as_readable_as_what_lies_beside_them(finished):
+    for which in ("student", "teacher"):
+        folder = folders(finished)[-1] / which
+        mode = (folder / "config.json").stat().st_mode
+        assert (folder / "model.safetensors").stat().st_mode == mode
+
+
 def test_a_folder_that_holds_a_run_is_left_alone(capsys, finished, small):
     before = (finished / "metrics.jsonl").read_bytes()
     check_fails(capsys, ["train", "--config", small, "--run", str(finished)], "holds a run already")
@@ -335,7 +411,12 @@ def test_eval_prints_one_object(capsys, finished, which, tmp_path):
     assert result["episodes"] == 3
     assert result["which"] == which
     assert [json.loads(line)["number"] for line in records.read_text().splitlines()] == [0, 1, 2]
-    check_fails(capsys, [*arguments, "--records", str(tmp_path)], "is a folder; give a file in it")
+    check_fails(
+        capsys,
+        [*arguments, "--records", str(tmp_path)],
+        "--records cannot be written",
+        "give a file",
+    )
 
 
 def test_eval_for_people_and_its_refusals(capsys, finished, tiny):

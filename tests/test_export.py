@@ -226,6 +226,16 @@ def test_wrong_input_is_refused_with_what_to_do(capsys, tiny, tiny25, adapter, l
     assert [file.name for file in full.iterdir()] == ["kept.txt"]
 
 
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+def test_a_damaged_summary_is_told(capsys, full_run, tmp_path, text):
+    run = tmp_path / "run"
+    shutil.copytree(full_run, run)
+    (run / "summary.json").write_text(text)
+    fails(capsys, [run, "--out", tmp_path / "out"], "summary.json is damaged", "remove it")
+    (run / "summary.json").unlink()
+    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
+
+
 def test_a_damaged_adapter_is_refused(capsys, adapter, tmp_path):
     broken = named(adapter, tmp_path / "broken")
     tensors = load_file(broken / "adapter_model.safetensors")

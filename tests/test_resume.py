@@ -176,6 +176,29 @@ def test_only_the_newest_checkpoints_are_kept(tiny, tmp_path):
     assert {p.name for p in folders(tmp_path)[-1].iterdir()} >= {"student", "teacher", "state.json"}
 
 
+def test_what_a_killed_process_left_of_checkpoints_goes(tiny, tmp_path):
+    """And nothing else that lies there."""
+    places = {name: tmp_path / "checkpoints" / name for name in ("000000", ".000007.part", "best")}
+    for place in places.values():
+        place.mkdir(parents=True)
+        (place / "optimizer.safetensors").write_bytes(b"x" * 100)
+    train(config_of(tiny, 1), tmp_path, Silent())
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000001", "best"]
+
+
+def test_a_tokenizer_that_meets_a_full_disk_leaves_no_part(tiny, tmp_path, monkeypatch):
+    """Tokenizers raises a plain Exception then; what another error leaves is removed too, and it stays itself."""
+    for error, raised in ((Exception("No space left"), OSError), (KeyError("a bug"), KeyError)):
+
+        def full(processor, path, error=error):
+            raise error
+
+        monkeypatch.setattr("gtr_turbo.policy.processing.Processor.save", full)
+        with pytest.raises(raised, match=r"could not be written: No space left|a bug"):
+            train(config_of(tiny, 1), tmp_path, Silent())
+        assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
 @pytest.mark.parametrize("file", ["trained", "history", "optimizer", "value_head"])
 def test_a_cut_file_is_told(interrupted, file):
     config, run = interrupted
@@ -185,12 +208,16 @@ def test_a_cut_file_is_told(interrupted, file):
         train(config, run, Silent(), resume=True)
 
 
-def test_flipped_bytes_in_a_header_are_told(interrupted):
-    config, run = interrupted
-    path = folders(run)[-1] / "trained.safetensors"
+@pytest.mark.parametrize("file", ["trained", "history", "optimizer", "value_head", "teacher"])
+def test_flipped_bytes_in_a_header_are_told(tiny, tmp_path, file):
+    config = config_of(tiny, 2, teacher=TeacherConfig(interval=3))
+    train(config, tmp_path, Silent())
+    path = folders(tmp_path)[-1] / f"{file}.safetensors"
     path.write_bytes(b"\xff" * 16 + path.read_bytes()[16:])
     with pytest.raises(CheckpointError, match="damaged"):
-        train(config, run, Silent(), resume=True)
+        train(
+            config_of(tiny, 3, teacher=TeacherConfig(interval=3)), tmp_path, Silent(), resume=True
+        )
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"files": {"gone.safetensors": 3}}', "\x00"])

@@ -77,6 +77,22 @@ def test_the_summary_shows_its_numbers():
     assert "Better" not in printed({**SUMMARY, **without, "evaluations": {}, "episodes": 0})
 
 
+def test_a_name_is_no_markup():
+    console = Console(file=io.StringIO(), width=100)
+    evaluation = {"success": 0.5, "interval": [0.4, 0.6], "episodes": 10}
+    show_summary(
+        console,
+        {
+            "name": "lr[/kl]", "seed": 0, "episodes": 10, "env_steps": 4, "seconds": 1.0, "peak_rss_mb": 1.0,
+            "success_after": None, "success_merge": None, "student": "s", "teacher": "t",
+            "evaluations": {"before/odd[b]/student": evaluation},
+        },
+    )  # fmt: skip
+    text = console.file.getvalue()
+    assert "lr[/kl] · seed 0" in text
+    assert "odd[b], 10 episodes" in text
+
+
 def test_the_summary_says_which_evaluation_rests_on_other_episodes():
     found = dict(SUMMARY["evaluations"])
     found["before/held-out/student"] = {**found["before/held-out/student"], "episodes": 500}

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gtr_turbo.checks import ConfigError, suggest
 from gtr_turbo.config import EnvConfig, TrainConfig
-from gtr_turbo.settings import build_config, config_file, config_names, merge, read_config
+from gtr_turbo.settings import (
+    build_config,
+    config_file,
+    config_names,
+    merge,
+    other_environment,
+    read_config,
+)
 
 if TYPE_CHECKING:
     from gtr_turbo.policy.model import Policy
@@ -149,7 +155,7 @@ def agent_of(options: argparse.Namespace) -> tuple[Policy | None, TrainConfig]:
         model = settings.pop("model", {})
         settings = merge(read_config(config_file(options.config)), {"model": model})
     if options.env:
-        settings["env"] = _other_environment(settings.get("env", {}), options.env)
+        settings["env"] = other_environment(settings.get("env", {}), options.env)
     for group, name in (("rollout", "engine"), ("teacher", "history")):
         settings.get(group, {}).pop(name, None)  # not asked here, and may be for adapters only
     config: TrainConfig = build_config(TrainConfig, settings)
@@ -158,26 +164,6 @@ def agent_of(options: argparse.Namespace) -> tuple[Policy | None, TrainConfig]:
     from gtr_turbo.policy.model import Policy
 
     return Policy(config.model, temperature=config.sampling.temperature, seed=config.seed), config
-
-
-def _other_environment(env: dict[str, Any], name: str) -> dict[str, Any]:
-    """The settings of `env` with this environment: what would be options of another one is left out.
-
-    Raises:
-        ContractError: unknown name.
-    """
-    from gtr_turbo.envs.contract import ContractError, resolve_id
-
-    found = resolve_id(name)
-    with suppress(ContractError):  # the other one may not be here
-        if resolve_id(env.get("id", EnvConfig().id)) == found:
-            return env | {"id": name}
-    kept = {key: value for key, value in env.items() if key == "num_envs"}
-    if found.startswith("gtr/"):  # the built-in ones all know the two styles of prompt, and `split`
-        kept |= {key: value for key, value in env.items() if key.endswith("_split")}
-        style = env.get("options", {}).get("prompt")
-        kept["options"] = {"prompt": style} if style else {}
-    return kept | {"id": name}
 
 
 def env_config(options: argparse.Namespace, config: TrainConfig) -> tuple[EnvConfig, str | None]:

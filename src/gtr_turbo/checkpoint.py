@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import TrainConfig
 from gtr_turbo.distributed.sharding import full, is_sharded, local, shard_of
 from gtr_turbo.policy.model import Policy
@@ -56,6 +58,23 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+def check_folder(run: Path, *, resume: bool) -> None:
+    """Refuse a run folder to go on in or to begin in.
+
+    Raises:
+        ConfigError: there is nothing to go on from; or a run, or a `config.yaml` of no run, would be lost.
+    """
+    if resume and not folders(run):
+        raise ConfigError(
+            f"cannot resume: {run} holds no complete checkpoint; start without --resume"
+        )
+    if not resume and folders(run):
+        raise ConfigError(f"{run} holds a run already: go on with --resume, or give another --run")
+    stored = run / "config.yaml"
+    if not resume and stored.exists() and not (run / "run.lock").exists():
+        raise ConfigError(f"{stored} is of no run, and would be overwritten; give another --run")
 
 
 @contextmanager
@@ -181,12 +200,24 @@ def save(
                     os.fsync(handle.fileno())
         shutil.rmtree(target, ignore_errors=True)
         os.replace(part, target)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"checkpoint {target} could not be written: {error}") from error
-    for old in folders(run)[:-keep]:
-        shutil.rmtree(old)
+        # tokenizers raises a plain Exception where the disk is full
+        if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:
+            raise OSError(f"checkpoint {target} could not be written: {error}") from error
+        raise
+    _prune(run, keep)
     return target
+
+
+def _prune(run: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints, and what a killed process left of one."""
+    for old in folders(run)[:-keep]:
+        (old / "state.json").unlink()  # first, so that what is left of it is no checkpoint
+    kept = {path.name for path in folders(run)}
+    for path in (run / "checkpoints").iterdir():
+        if path.name not in kept and re.fullmatch(r"\d{6,}|\.\d{6,}\.part", path.name):
+            shutil.rmtree(path)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -281,18 +312,19 @@ def load(
             for name, parameter in parameters.items():
                 local(parameter).copy_(local(shard_of(trained[name], parameter)))
         policy.value_head.load_state_dict(value_head)
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        _load_optimizer(optimizer, moments)
+        teacher = load_file(folder / "teacher.safetensors") if state["teacher_age"] else None
+    except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"checkpoint {folder} is damaged or of another run: {error}"
         ) from error
-    _load_optimizer(optimizer, moments)
     if policy.ranks.first:
         try:
             history.load_state(remembered)
         except ValueError as error:
             raise CheckpointError(f"checkpoint {folder} does not fit: {error}") from error
-    if state["teacher_age"]:
-        policy.load_teacher_state(load_file(folder / "teacher.safetensors"))
+    if teacher is not None:
+        policy.load_teacher_state(teacher)
     else:
         policy.load_teacher(policy.ranks.spread(history.merged()))
     return state

@@ -41,6 +41,14 @@ def check_keys(settings: Mapping[str, Any], cls: type, where: str = "") -> None:
             check_keys(value, known[key], f"{where}{key}.")
 
 
+def check_seed(owner: Any) -> None:
+    """Refuse a `seed` that is no number of a generator."""
+    if not 0 <= owner.seed < 2**63:
+        raise ConfigError(
+            f"seed={owner.seed} must be a number, not negative and below 2 to the 63rd"
+        )
+
+
 def positive(owner: Any, *names: str) -> None:
     """Refuse fields of `owner` that are not finite numbers above 0."""
     for name in names:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -299,6 +301,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # of numpy, in a merge: it has threads of its own
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="replace"
+            )  # what its encoding does not have is no reason to end
     options, rest = _parser().parse_known_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -121,20 +121,13 @@ def _train_shown(config: TrainConfig, run: Path, options: argparse.Namespace, ra
     from gtr_turbo.terminal import TerminalView, show_summary
     from gtr_turbo.trainer import train
 
+    checkpoint.check_folder(run, resume=options.resume)
     with checkpoint.own_folder(run):
-        if options.resume and not checkpoint.folders(run):
-            raise ConfigError(
-                f"cannot resume: {run} holds no complete checkpoint; start without --resume"
-            )
-        if not options.resume and checkpoint.folders(run):
-            raise ConfigError(
-                f"{run} holds a run already: go on with --resume, or give another --run"
-            )
         if options.resume:
             checkpoint.check_settings(checkpoint.folders(run)[-1], config)
-        checkpoint.write_atomically(run / "config.yaml", dump_config(config))
+        text = dump_config(config)
         with TerminalView() as view:
-            summary = train(config, run, view, resume=options.resume, ranks=ranks)
+            summary = train(config, run, view, resume=options.resume, ranks=ranks, settings=text)
         show_summary(view.console, summary)
 
 
@@ -166,10 +159,13 @@ def run_eval(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from gtr_turbo.baselines import measure, read_names
 
     baselines = read_names(options.baselines) if options.baselines is not None else ()
-    if options.records and not Path(options.records).absolute().parent.is_dir():
-        raise ConfigError(f"--records {options.records}: there is no such folder; make it first")
-    if options.records and Path(options.records).is_dir():
-        raise ConfigError(f"--records {options.records} is a folder; give a file in it")
+    if options.records:
+        try:
+            open(options.records, "a", encoding="utf-8").close()
+        except OSError as error:
+            raise ConfigError(
+                f"--records cannot be written: {error}; give a file in a folder that is there"
+            ) from error
     policy, config = agent_of(options)
     if policy is not None:
         torch.set_num_threads(config.threads)

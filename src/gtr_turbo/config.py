@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gtr_turbo.checks import ConfigError, fraction, not_negative, positive
+from gtr_turbo.checks import ConfigError, check_seed, fraction, not_negative, positive
 from gtr_turbo.teaching_config import GuidanceConfig, TeacherConfig
 from gtr_turbo.vllm_config import VllmConfig
 
@@ -296,7 +296,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive(self, "env_steps", "threads")
-        not_negative(self, "seed")
+        check_seed(self)
+        if self.run == "":
+            raise ConfigError("run is empty; give a folder, or leave it out")
         turns = self.turns_per_update
         if turns % self.ppo.minibatch_turns:
             raise ConfigError(
@@ -364,6 +366,17 @@ class TrainConfig:
     def turns_per_update(self) -> int:
         """T * N."""
         return self.env.num_envs * self.rollout.turns_per_env
+
+    def environments(self) -> list[tuple[str, dict[str, Any]]]:
+        """(id, options) of each environment that the run makes."""
+        env, evaluation = self.env, self.eval
+        splits = [env.train_split]
+        if evaluation.episodes or evaluation.interval:
+            splits.append(env.eval_split)
+        splits += evaluation.extra_splits if evaluation.episodes else ()
+        return [
+            (env.id, {**env.options, **({"split": split} if split else {})}) for split in splits
+        ]
 
     @property
     def num_updates(self) -> int:

@@ -73,10 +73,15 @@ def _of_run(run: Path, weights: Path, which: str) -> Source:
     settings = read_config(run / "config.yaml")
     summary, file = None, run / "summary.json"
     if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        # by its number: a run folder may have been moved
-        if Path(found[which]).parent.name == weights.resolve().parent.name:
-            summary = found
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            # by its number: a run folder may have been moved
+            if Path(found[which]).parent.name == weights.resolve().parent.name:
+                summary = found
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{file} is damaged ({error!r}); remove it to export without the run's results"
+            ) from error
     return Source(weights, settings["model"]["path"], which, settings, summary)
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
 from gtr_turbo.checks import ConfigError, check_keys, suggest
+from gtr_turbo.config import EnvConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 SFT_CONFIGS = CONFIGS / "sft"
@@ -57,17 +61,36 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_overrides(settings: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's settings under those of the command line.
-
-    With another environment the recipe keeps its number of environments only: its options are those of its own.
-    """
+    """A recipe's settings under those of the command line; another environment leaves of its own what fits."""
     env, own = over.get("env"), settings.get("env", {})
     given = env.get("id") if isinstance(env, dict) else None
-    if given is not None and given != own.get("id"):
-        kept = {key: value for key, value in own.items() if key == "num_envs"}
-        name = re.sub(r"\W+", "-", str(given).rpartition(":")[2].removeprefix("gtr/")).lower()
-        settings = settings | {"env": kept, "name": name}
+    if isinstance(given, str):
+        now = other_environment(own, given)
+        if now != own | {"id": given}:
+            name = re.sub(r"\W+", "-", given.rpartition(":")[2].removeprefix("gtr/")).lower()
+            settings = settings | {"name": name}
+        settings = settings | {"env": now}
     return merge(settings, over)
+
+
+def other_environment(env: dict[str, Any], name: str) -> dict[str, Any]:
+    """The settings of `env` with this environment: what would be options of another one is left out.
+
+    Raises:
+        ContractError: unknown name.
+    """
+    from gtr_turbo.envs.contract import ContractError, resolve_id
+
+    found = resolve_id(name)
+    with suppress(ContractError):  # the other one may not be here
+        if resolve_id(env.get("id", EnvConfig().id)) == found:
+            return env | {"id": name}
+    kept = {key: value for key, value in env.items() if key == "num_envs"}
+    if found.startswith("gtr/"):  # the built-in ones all know the two styles of prompt, and `split`
+        kept |= {key: value for key, value in env.items() if key.endswith("_split")}
+        style = env.get("options", {}).get("prompt")
+        kept["options"] = {"prompt": style} if style else {}
+    return kept | {"id": name}
 
 
 def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -75,15 +98,15 @@ def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
     Args:
         path: the file.
-        above: files whose `base` led here.
+        above: files whose `base` led here; a file is looked for beside `path` first.
 
     Raises:
-        ConfigError: not YAML, not a mapping, or its own base.
+        ConfigError: not YAML, not a mapping, a key given twice, or its own base.
     """
-    import yaml
-
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        settings = yaml.safe_load(text) or {}
+        _check_once(yaml.compose(text, yaml.SafeLoader), path)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(settings, dict):
@@ -92,10 +115,30 @@ def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return settings
     above = (*above, path.resolve())
-    below = config_file(str(base))
+    beside = path.parent / str(base)
+    below = beside if beside.is_file() else config_file(str(base))
     if below.resolve() in above:
         raise ConfigError(f"base: {base} in {path} leads back to {below}")
     return merge(read_config(below, above), settings)
+
+
+def _check_once(node: Any, path: Path, group: str = "") -> None:
+    """Refuse a key that a group has twice: YAML would silently take the last.
+
+    Raises:
+        ConfigError: names it.
+    """
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen = set()
+    for key, value in node.value:
+        if key.value in seen:
+            raise ConfigError(
+                f"{path}, line {key.start_mark.line + 1}: {group}{key.value} is given twice; put its settings "
+                "together"
+            )
+        seen.add(key.value)
+        _check_once(value, path, f"{group}{key.value}.")
 
 
 def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -104,14 +147,13 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: an argument is no `--key value`.
     """
-    import yaml
-
     found: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
         key, equals, value = rest.pop(0).partition("=")
         if not key.startswith("--") or (not equals and not rest):
-            raise ConfigError(f"cannot read {key!r}; give settings as --group.name VALUE")
+            hint = f"; the recipe is given as --config {key}" if key in config_names() else ""
+            raise ConfigError(f"cannot read {key!r}; give settings as --group.name VALUE{hint}")
         value = value if equals else rest.pop(0)
         try:
             read = yaml.safe_load(value)
@@ -128,7 +170,8 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
                 raise ConfigError(
                     f"{key} and --{part} cannot both be given: {part} is a group of settings"
                 )
-        group[last] = read
+        both = isinstance(read, dict) and isinstance(group.get(last), dict)
+        group[last] = merge(group[last], read) if both else read
     return found
 
 
@@ -170,6 +213,8 @@ def _misfit(cls: type, settings: dict[str, Any], path: str) -> str:
             except ConfigError as error:
                 return f"{path}[{at}]: {error}"
     text = f"{path}={value!r} must be {_words(hint)}"
+    if isinstance(value, bool) and _choices(hint):
+        return f"{text}. YAML reads on, off, yes and no as true and false"
     if not isinstance(value, str):
         return text
     choices = _choices(hint)
@@ -201,8 +246,6 @@ def _words(hint: Any) -> str:
 def dump_config(config: Any) -> str:
     """A config as YAML, every setting written out."""
     from dataclasses import asdict
-
-    import yaml
 
     plain = json.loads(json.dumps(asdict(config)))
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gtr_turbo.checks import ConfigError, fraction, not_negative, positive
+from gtr_turbo.checks import ConfigError, check_seed, fraction, not_negative, positive
 from gtr_turbo.config import ModelConfig
 
 
@@ -76,7 +76,8 @@ class SFTConfig:
 
     def __post_init__(self) -> None:
         positive(self, "steps", "batch_turns", "microbatch_turns", "lr", "threads")
-        not_negative(self, "vision_steps", "warmup_steps", "weight_decay", "seed")
+        not_negative(self, "vision_steps", "warmup_steps", "weight_decay")
+        check_seed(self)
         if self.pieces and self.vocabulary == "cards":
             raise ConfigError(
                 "pieces are given, so vocabulary must be 'demonstrations', got 'cards'"

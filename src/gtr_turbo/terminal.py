@@ -121,7 +121,7 @@ class TerminalView:
                     Text(form.format(values[-1]), style="bold"),
                     Text(sparkline(values), "cyan"),
                 )
-        return Panel(Group(self._progress, table), title=self._title, border_style="green")
+        return Panel(Group(self._progress, table), title=escape(self._title), border_style="green")
 
     def _show(self) -> None:
         if self.live:
@@ -148,7 +148,7 @@ class TerminalView:
     def evaluating(self, what: str, done: int, episodes: int) -> None:
         """Show an evaluation's progress."""
         self._progress.update(
-            self._task, description=f"evaluating {what}", completed=done, total=episodes
+            self._task, description=escape(f"evaluating {what}"), completed=done, total=episodes
         )
         if not self.live and (done == episodes or time.monotonic() - self._said > 30):
             self._said = time.monotonic()
@@ -192,7 +192,8 @@ def _other_number(evaluation: Mapping[str, Any], summary: Mapping[str, Any]) -> 
 
 def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """The table at the end of a run."""
-    table = Table(title=f"{summary['name']} · seed {summary['seed']}", title_style="bold")
+    title = printable(f"{summary['name']} · seed {summary['seed']}")
+    table = Table(title=escape(title), title_style="bold")
     table.add_column("success (95 % interval)")
     table.add_column("before", justify="right")
     table.add_column("student after", justify="right")
@@ -208,7 +209,7 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
             for cell in cells
         ]
         name = f"{split}, " if split != "None" else ""
-        table.add_row(f"{name}{summary['episodes']} episodes", *shown)
+        table.add_row(escape(printable(f"{name}{summary['episodes']} episodes")), *shown)
     console.print(table)
     student, merge = summary["success_after"], summary["success_merge"]
     if student is not None and merge is not None:
@@ -236,7 +237,8 @@ def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
     players |= found.get("baselines", {})
     some = next(iter(players.values()))
     how = "greedy" if found["greedy"] else "sampled"
-    title = f"{found['env']} ({found['split']}), {some['episodes']} episodes"
+    split = found["split"] or "no split"
+    title = f"{found['env']} ({split}), {some['episodes']} episodes"
     title = f"{title}, {how}" if "agent" in players else title
     table = Table(title=escape(printable(title)), title_style="bold")
     table.add_column()

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,6 +40,8 @@ class TensorBoardWriter:
     def __init__(self, config: TrainConfig, run: Path, identity: str, resume: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        if not resume:  # of an attempt that came to nothing
+            shutil.rmtree(run / "tensorboard", ignore_errors=True)
         self._writer = SummaryWriter(str(run / "tensorboard"))
 
     def write(self, row: Mapping[str, float]) -> None:
@@ -194,7 +197,8 @@ class Trackers:
                 self.close(failed=True)
                 raise ConfigError(
                     f"trackers: {name} did not start: {type(error).__name__}: {error}. Its account and address are "
-                    "set by its environment variables (WANDB_MODE=offline needs none), or take it off the list"
+                    "set by its environment variables (WANDB_MODE=offline needs none); or leave it out (--trackers "
+                    "'[]' has none)"
                 ) from error
 
     def write(self, row: Mapping[str, float]) -> None:

@@ -151,8 +151,12 @@ class Clock:
 class Trajectories:
     """`trajectories/NNNNNN.jsonl` (a turn a line) and `trajectories/frames/*.png`, bounded per update."""
 
-    def __init__(self, folder: Path, episodes: int) -> None:
+    def __init__(self, folder: Path, episodes: int, keep_until: int) -> None:
+        """Store those of `episodes` environments; files of updates beyond `keep_until` are of another course."""
         self._folder, self._episodes = folder, episodes
+        for path in folder.glob("[0-9]*.jsonl"):
+            if path.stem.isdigit() and int(path.stem) > keep_until:
+                path.unlink()
 
     def write(
         self, update: int, turns: Sequence[Turn], extra: Mapping[str, Sequence[float]]

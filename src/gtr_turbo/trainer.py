@@ -16,6 +16,7 @@ from gtr_turbo.card import write_cards
 from gtr_turbo.collect import SIGNALS, stream
 from gtr_turbo.config import TrainConfig
 from gtr_turbo.distributed.ranks import ALONE, Ranks
+from gtr_turbo.envs import make_env
 from gtr_turbo.evaluate import Evaluation, evaluate
 from gtr_turbo.learner import Learner, per_turn
 from gtr_turbo.learning.update import TrainingError
@@ -72,7 +73,13 @@ class Unseen:
 
 
 def train(
-    config: TrainConfig, run: Path, view: View, *, resume: bool = False, ranks: Ranks = ALONE
+    config: TrainConfig,
+    run: Path,
+    view: View,
+    *,
+    resume: bool = False,
+    ranks: Ranks = ALONE,
+    settings: str | None = None,
 ) -> dict[str, Any]:
     """Run the loop; returns what `summary.json` holds.
 
@@ -82,6 +89,7 @@ def train(
         view: shows progress.
         resume: go on from the newest checkpoint in `run`.
         ranks: the processes of the run; the first writes all files.
+        settings: the text of `config.yaml`, written when nothing stands in the way of these settings any more.
 
     Raises:
         EngineError: with `rollout.engine: vllm`, the server is gone for good or writes with other weights.
@@ -90,6 +98,7 @@ def train(
         checkpoint.CheckpointError: the checkpoint is damaged or of another run.
         ConfigError: a tracker is not installed or does not start, the corrector's endpoint refuses us, or
             settings or models differ between ranks.
+        ContractError: an environment does not take an option or a split.
     """
     ranks.agree("settings", asdict(config))
     ranks.agree("views of the run folder (some resume, some begin)", resume)
@@ -99,11 +108,15 @@ def train(
         with Endpoint(config.guidance.external) as endpoint:
             endpoint.check()
     torch.set_num_threads(config.threads)
+    for name, options in config.environments():  # what evaluates at the end fails now
+        make_env(name, **options).close()
     spent = Spent()
     learner = Learner(config, run, view.noted, ranks)
     state = learner.resume(run) if resume else learner.begin()
     tracked = config if ranks.first else replace(config, trackers=())
     trackers = Trackers(tracked, run, view.noted, resume=resume)
+    if settings is not None:
+        checkpoint.write_atomically(run / "config.yaml", settings)
     try:
         summary = _train(config, run, view, learner, state, trackers, spent)
     except BaseException:
@@ -140,8 +153,13 @@ def _train(
     if ranks.first:
         (run / "summary.json").unlink(missing_ok=True)  # of a shorter run that goes on
         metrics_file = JsonlWriter(run / "metrics.jsonl", keep_until=start)
-    trajectories = Trajectories(run / "trajectories", config.save.trajectories)
+    trajectories = Trajectories(run / "trajectories", config.save.trajectories, keep_until=start)
     view.started(config, run, start)
+    if config.teacher.interval > config.num_updates:
+        view.noted(
+            f"teacher.interval={config.teacher.interval} is more than the {config.num_updates} updates of the run: "
+            "nothing is merged, and the teacher stays what the run began with"
+        )
     for iteration in range(start, config.num_updates):
         clock, sent = Clock(), ranks.sent_bytes
         turns, batch, learned = learner.step(iteration, clock)

@@ -79,7 +79,7 @@ def test_values_are_yaml_and_other_settings_hold_for_all():
 
 def test_an_environment_comes_without_the_options_of_the_recipes_own():
     there, here = variants("env.id=Points24,EZPoints", over={"eval": {"episodes": 0}})
-    assert there.config.env.options == {}
+    assert there.config.env.options == {"prompt": "compact"}
     assert here.config.env.options == read_config(config_file("ezpoints"))["env"]["options"]
 
 
@@ -170,8 +170,8 @@ def test_a_finished_run_of_the_same_settings_is_known(tmp_path, recipe):
     run = finished(tmp_path / "run", seed=3)
     wanted = replace(recipe, seed=3, threads=7)  # these change no number
     assert examine(run, wanted) == ("finished", 0)
-    with open(run / "config.yaml", "a") as file:
-        file.write("trackers: [wandb]\n")  # of another version
+    stored = yaml.safe_load((run / "config.yaml").read_text()) | {"trackers": ["wandb"]}
+    (run / "config.yaml").write_text(yaml.safe_dump(stored))  # of another version
     assert examine(run, wanted) == ("finished", 0)
 
 

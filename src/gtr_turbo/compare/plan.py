@@ -275,22 +275,12 @@ def check_startable(jobs: Sequence[Job]) -> None:
             if config.guidance.kind == "external":
                 config.guidance.external.key()
             trackers.chosen(config)
-            for name, options in _environments(config):
+            for name, options in config.environments():
                 if (name, options) not in made:
                     made.append((name, options))
                     make_env(name, **options).close()
         except Exception as error:  # an environment of the user's may raise any
             raise ConfigError(f"variant {variant.label}: {error}") from error
-
-
-def _environments(config: TrainConfig) -> list[tuple[str, dict[str, Any]]]:
-    """(id, options) of each that a run makes."""
-    env, evaluation = config.env, config.eval
-    splits = [env.train_split]
-    if evaluation.episodes or evaluation.interval:
-        splits.append(env.eval_split)
-    splits += evaluation.extra_splits if evaluation.episodes else ()
-    return [(env.id, {**env.options, **({"split": split} if split else {})}) for split in splits]
 
 
 def examine(folder: Path, config: TrainConfig) -> tuple[State, int]:

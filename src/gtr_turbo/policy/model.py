@@ -95,6 +95,7 @@ class Policy(Weights):
             state = self.whole_state(self.model)
             if writes:
                 self.model.save_pretrained(path, state_dict=state)
+                _open_to_readers(path)
         if self.config.train == "full" and writes:
             self.processor.save(path)
 
@@ -107,6 +108,7 @@ class Policy(Weights):
         config.rank_pattern, config.alpha_pattern = {}, {}
         config.save_pretrained(path)
         save_file(self.cut.tensors(), path / "adapter_model.safetensors")
+        _open_to_readers(path)
 
     def save_teacher(self, path: Path) -> None:
         """Write the teacher as a `transformers` folder with its processor.
@@ -124,6 +126,7 @@ class Policy(Weights):
             }
             if self.ranks.first:
                 self._plain.save_pretrained(path, state_dict=state)
+                _open_to_readers(path)
         if self.ranks.first:
             self.processor.save(path)
 
@@ -243,3 +246,10 @@ class Policy(Weights):
         """Float32 logits of the policy: banned tokens at -inf, divided by the sampling temperature."""
         logits = logits.float().masked_fill(self.banned, -torch.inf)
         return logits / (self.temperature if temperature is None else temperature)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give weights, which `safetensors` writes for their owner alone, the mode of the config beside them."""
+    mode = next(folder.glob("*config.json")).stat().st_mode & 0o666
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
