@@ -153,7 +153,7 @@ def _train(
     if ranks.first:
         (run / "summary.json").unlink(missing_ok=True)  # of a shorter run that goes on
         metrics_file = JsonlWriter(run / "metrics.jsonl", keep_until=start)
-    trajectories = Trajectories(run / "trajectories", config.save.trajectories, keep_until=start)
+        stored = Trajectories(run / "trajectories", config.save.trajectories, keep_until=start)
     view.started(config, run, start)
     if config.teacher.interval > config.num_updates:
         view.noted(
@@ -189,7 +189,7 @@ def _train(
             metrics_file.write(row)
             trackers.write(row)
             columns = per_turn(batch, learner.policy, config.save.trajectories)
-            trajectories.write(iteration + 1, turns, columns)
+            stored.write(iteration + 1, turns, columns)
         view.updated(row)
         last = iteration + 1 == config.num_updates
         stopped = None if last else learner.stops_before(iteration + 2)
