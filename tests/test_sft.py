@@ -215,8 +215,8 @@ def test_the_vision_tower_cannot_learn_where_it_is_frozen():
 
 def shown(policy, count):
     data = sft.Demonstrations()
-    data.collect(policy, DemonstrationConfig(options={"prompt": "compact"}), seed=0)
-    data.observed, data.replies = data.observed[:count], data.replies[:count]
+    config = DemonstrationConfig(options={"prompt": "compact"}, turns=count)
+    data.collect(policy, config, seed=0)
     return data
 
 
