@@ -195,7 +195,9 @@ def test_every_shipped_sft_config_loads(name):
     assert build_config(SFTConfig, yaml.safe_load(dump_config(config))) == config
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just text", "\x00", b"\xff\xfe\xff"])
+@pytest.mark.parametrize(
+    "text", ["[1, 2]", "a: [", "a: &x {b: *x}", "just text", "\x00", b"\xff\xfe\xff"]
+)
 def test_a_file_that_is_no_config_is_told(capsys, tmp_path, text):
     path = tmp_path / "odd.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -71,6 +71,10 @@ def test_another_environment_is_asked_as_the_model_knows_it():
         "id": "CartPole-v1",
         "num_envs": env_of()["env"]["num_envs"],
     }
+    bare = with_overrides(
+        {"env": {"id": "Acrobot-v1"}, "name": "a"}, {"env": {"id": "CartPole-v1"}}
+    )
+    assert bare["name"] == "cartpole-v1", "though no setting of the other one is left out"
     with pytest.raises(ContractError, match="Did you mean 'Blackjack'"):
         env_of("--env", "Blackjak")
 

@@ -301,11 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # of numpy, in a merge: it has threads of its own
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):  # what an encoding does not have is no reason to end
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="replace"
-            )  # what its encoding does not have is no reason to end
+            stream.reconfigure(errors="replace")
     options, rest = _parser().parse_known_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
     try:

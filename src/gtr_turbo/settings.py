@@ -65,12 +65,20 @@ def with_overrides(settings: dict[str, Any], over: dict[str, Any]) -> dict[str, 
     env, own = over.get("env"), settings.get("env", {})
     given = env.get("id") if isinstance(env, dict) else None
     if isinstance(given, str):
-        now = other_environment(own, given)
-        if now != own | {"id": given}:
+        if not _same_environment(own, given):
             name = re.sub(r"\W+", "-", given.rpartition(":")[2].removeprefix("gtr/")).lower()
             settings = settings | {"name": name}
-        settings = settings | {"env": now}
+        settings = settings | {"env": other_environment(own, given)}
     return merge(settings, over)
+
+
+def _same_environment(env: dict[str, Any], name: str) -> bool:
+    from gtr_turbo.envs.contract import ContractError, resolve_id
+
+    found = resolve_id(name)
+    with suppress(ContractError):  # the one of the settings may not be here
+        return resolve_id(env.get("id", EnvConfig().id)) == found
+    return False
 
 
 def other_environment(env: dict[str, Any], name: str) -> dict[str, Any]:
@@ -79,14 +87,14 @@ def other_environment(env: dict[str, Any], name: str) -> dict[str, Any]:
     Raises:
         ContractError: unknown name.
     """
-    from gtr_turbo.envs.contract import ContractError, resolve_id
+    from gtr_turbo.envs.contract import resolve_id
 
-    found = resolve_id(name)
-    with suppress(ContractError):  # the other one may not be here
-        if resolve_id(env.get("id", EnvConfig().id)) == found:
-            return env | {"id": name}
+    if _same_environment(env, name):
+        return env | {"id": name}
     kept = {key: value for key, value in env.items() if key == "num_envs"}
-    if found.startswith("gtr/"):  # the built-in ones all know the two styles of prompt, and `split`
+    if resolve_id(name).startswith(
+        "gtr/"
+    ):  # the built-in ones all know the two styles of prompt, and `split`
         kept |= {key: value for key, value in env.items() if key.endswith("_split")}
         style = env.get("options", {}).get("prompt")
         kept["options"] = {"prompt": style} if style else {}
@@ -107,7 +115,7 @@ def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         settings = yaml.safe_load(text) or {}
         _check_once(yaml.compose(text, yaml.SafeLoader), path)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold settings (key: value), got {type(settings).__name__}")
