@@ -31,7 +31,8 @@ FORMS = ["full/ddp", "full/fsdp", "lora/ddp", "lora/fsdp", "sft/ddp", "sft/fsdp"
 
 def environment(**more):
     own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return {**own, "PYTHONPATH": os.pathsep.join(["src", "tests", *sys.path]), **more}
+    path = os.pathsep.join(["src", "tests", *sys.path])
+    return {**own, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", **more}
 
 
 def free_port():
@@ -57,6 +58,16 @@ def end(process, seconds=600):
         process.kill()
 
 
+def two_ranks(out, *job):
+    """What two ranks of a script left in OUT/found.json."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    both = [start(*job, RANK=str(rank), **place) for rank in range(2)]
+    told = [end(process) for process in both]
+    codes = [process.returncode for process in both]  # a killed rank says nothing
+    assert (out / "found.json").exists(), "\n".join([f"exit codes {codes}", *told])
+    return json.loads((out / "found.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def found(tiny, tmp_path_factory):
     """What the two ranks of job.py found."""
@@ -66,12 +77,7 @@ def found(tiny, tmp_path_factory):
         for module in ("collect", "teacher.imitation"):
             patch.setattr(f"gtr_turbo.{module}.generate", scripted)
         trainer.train(sft_settings(tiny, env_steps=4), run, Silent())
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    job = (HERE / "job.py", tiny, run, out)
-    both = [start(*job, RANK=str(rank), **place) for rank in range(2)]
-    told = [end(process) for process in both]
-    assert (out / "found.json").exists(), "\n".join(told)
-    return json.loads((out / "found.json").read_text()) | {"run": run}
+    return two_ranks(out, HERE / "job.py", tiny, run, out) | {"run": run}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from test_ranks import HERE, end, free_port, rows_of, start, torchrun
+from test_ranks import HERE, end, rows_of, torchrun, two_ranks
 from vllm_job import config_of
 
 from gtr_turbo.checks import ConfigError
@@ -22,12 +22,9 @@ NOT_OF_THE_RUN = ("time/", "system/", "engine/sync_seconds", "engine/restarts")
 def found(tiny25, tmp_path_factory):
     """What the two ranks of vllm_job.py found, and the rows of their runs."""
     out = tmp_path_factory.mktemp("vllm_ranks")
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    both = [start(HERE / "vllm_job.py", tiny25, out, RANK=str(rank), **place) for rank in range(2)]
-    told = [end(process) for process in both]
-    assert (out / "found.json").exists(), "\n".join(told)
+    told = two_ranks(out, HERE / "vllm_job.py", tiny25, out)
     runs = {name: rows_of(out / name) for name in ("own", "sharded", "shared")}
-    return json.loads((out / "found.json").read_text()) | {"rows": runs, "out": out}
+    return told | {"rows": runs, "out": out}
 
 
 def of_the_run(row):
