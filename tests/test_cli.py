@@ -47,9 +47,10 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def _signals():
-    before = signal.getsignal(signal.SIGTERM)
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGHUP)]
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -437,6 +438,7 @@ def test_eval_for_people_and_its_refusals(capsys, finished, tiny):
     of = ["eval", str(tiny), "--env", "EZPoints"]
     check_fails(capsys, [*of, "--option", "prompt"], "must be NAME=VALUE")
     check_fails(capsys, [*of, "--option", "colour=red"], "does not take the options")
+    check_fails(capsys, [*of, "--option", "split=train"], "option of its own, --split")
     check_fails(capsys, [*of, "--split", "odd", "--episodes", "1"], "split")
 
 
@@ -517,15 +519,17 @@ def test_a_command_is_needed(capsys):
         assert end.value.code == code
 
 
-def test_sigterm_leaves_a_resumable_run(capsys, small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_a_resumable_run(capsys, small, tmp_path, monkeypatch, number):
     """A terminated run exits with 130, says how to go on, and goes on to the same end."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     monkeypatch.setattr("gtr_turbo.collect.generate", scripted)
     updated = TerminalView.updated
 
     def killed(self, row):
         updated(self, row)
         if row["update"] == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     run = str(tmp_path / "run")
     start = ["train", "--config", small, "--run", run, "--env_steps", "12", "--eval.episodes", "0"]
@@ -533,12 +537,18 @@ def test_sigterm_leaves_a_resumable_run(capsys, small, tmp_path, monkeypatch):
         patch.setattr(TerminalView, "updated", killed)
         assert main(start) == 130
     error = capsys.readouterr().err
-    assert "interrupted (SIGTERM)" in error
+    assert f"interrupted ({number.name})" in error
     assert f"gtr-turbo train --run {run} --resume" in error
     assert [path.name for path in folders(tmp_path / "run")] == ["000001"]
     assert main(["train", "--run", run, "--resume"]) == 0
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["update"] for row in rows] == [1, 2, 3]
+
+
+def test_nohup_goes_on_when_the_terminal_closes(capsys):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert main(["train", "--print_config"]) == 0
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 @pytest.mark.parametrize("setting", ["guidance.beta", "ppo.lr", "guidance.external.budget.dollars"])

@@ -262,6 +262,46 @@ def test_the_value_of_what_follows_is_the_one_that_scoring_gave_it(policy, monke
             assert turn.next_value == pytest.approx(float(values(policy, seen)), abs=1e-4)
 
 
+def test_an_action_is_legal_with_the_blanks_that_the_game_takes(policy, monkeypatch):
+    envs = started(EnvConfig(id="Points24", options={"granularity": "reduction"}, num_envs=1))
+    first = envs.infos[0]["actions"][0]
+    spaced = iter([" ".join(first), first.replace("+", "/")])
+    expert(envs, monkeypatch, lambda fields: {**fields, "action": next(spaced)})
+    turns = gather(envs, policy, 1)
+    assert turns[0].action != first
+    assert turns[0].legal
+    assert turns[0].reward == 0, "it was played"
+
+
+def test_judgements_become_plain_truths(monkeypatch):
+    envs = started()
+    kind = type(envs._envs[0].unwrapped)
+    monkeypatch.setattr(kind, "judge", lambda self, reply: {"plan": np.bool_(True)})
+    assert json.dumps(envs.judge(0, {"action": "1"})) == '{"plan": true}'
+
+
+def test_an_episode_that_ends_without_a_word_about_success_is_told(monkeypatch):
+    envs = started()
+    monkeypatch.setattr(envs._envs[0], "step", lambda action: ({}, 0.0, False, True, {}))
+    with pytest.raises(ContractError, match=r"EZPoints: .* holds no success; if a step limit"):
+        envs.step(0, "1")
+
+
+def test_an_evaluation_plays_each_numbered_task_once_before_any_again():
+    envs = started()
+    played = []
+    for env in envs._envs:
+        env.unwrapped.numbered = 4
+        env.reset = lambda seed, options: (played.append(options), ({}, {}))[1]
+    for number in range(8):
+        envs.reset(number % 3, number, seed=number)
+    numbers = [options["number"] for options in played]
+    assert sorted(numbers[:4]) == [0, 1, 2, 3]
+    assert numbers[:4] == numbers[4:]
+    envs.reset(0, 5)
+    assert played[-1] is None, "training draws"
+
+
 def test_an_environment_without_fields_is_refused():
     with pytest.raises(ContractError, match="fields"):
         Envs(EnvConfig(id="CartPole-v1", options={}, num_envs=1), None, 0)

@@ -6,6 +6,7 @@ import torch
 
 from gtr_turbo import collect as collecting
 from gtr_turbo.config import EnvConfig, SamplingConfig
+from gtr_turbo.envs.cards.points import EZPointsEnv
 from gtr_turbo.evaluate import evaluate, wilson
 from tiny import make_policy, replies
 
@@ -61,6 +62,13 @@ def test_the_same_seed_deals_the_same_whatever_the_number_of_environments(
     seeds = [record[1] for record in dealt[1][1]]
     other = evaluate(policy, env(5), SAMPLING, episodes=5, split="held-out", seed=5, greedy=greedy)
     assert [record.seed for record in other.records] != seeds
+
+
+def test_environments_are_freed_after_an_evaluation(policy, monkeypatch):
+    closed = []
+    monkeypatch.setattr(EZPointsEnv, "close", lambda self: closed.append(self))
+    evaluate(policy, env(3), SAMPLING, episodes=4, split=None, seed=0)
+    assert len({id(each) for each in closed}) == 3
 
 
 def test_a_summary_counts_what_happened(policy, monkeypatch):

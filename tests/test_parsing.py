@@ -94,6 +94,18 @@ VALID = {
         "5",
         '"action" "5", "why": "my action: 7"}',
     ),
+    "bare words": (
+        "{'thoughts': 'a', 'action': go to fridge 1}",
+        "go to fridge 1",
+        "'action': go to fridge 1}",
+    ),
+    "bare difference": ("{'thoughts': 'a', 'action': 8-4-1}", "8-4-1", "'action': 8-4-1}"),
+    "bare action, then a key": (
+        "{'thoughts': 'a', 'action': 5 'why': 3}",
+        "5",
+        "'action': 5 'why': 3}",
+    ),
+    "escaped quote": (r"{'thoughts': 'a', 'action': 'it\'s'}", "it's", r"'action': 'it\'s'}"),
     "empty action": ('{"thoughts": "a", "action": ""}', "", '"action": ""}'),
 }
 
@@ -121,6 +133,14 @@ INVALID = {
     "action a list": '{"thoughts": "a", "action": ["5"]}',
     "action an object": '{"thoughts": "a", "action": {"action": "5"}}',
     "action a float": '{"thoughts": "a", "action": 5.0}',
+    # what a repair leaves of these is another move, or none
+    "bare formula": "{'thoughts': 'a', 'action': (8-4)*6}",
+    "bare product": "{'thoughts': 'a', 'action': 8*3*(4-2)/2}",
+    "bare sign": '{"thoughts": "a", "action": =}',
+    "quotes in bare words": "{'thoughts': 'a', 'action': go to \"fridge\" 1}",
+    "half a formula quoted": """{'thoughts': 'a', 'action': '8-4'*6}""",
+    "two repaired objects": "{'thoughts': 'a', 'action': '1'} {'thoughts': 'b', 'action': '2'}",
+    "blanks to no end": "{'thoughts': 'a', 'action'" + " " * 19_000 + "(}",
     "deep": "[" * 100_000,
     "deep object": '{"a":' * 100_000,
     "deep thought": '{"thoughts": ' + "[" * 900 + "]" * 900 + ', "action": "5"}',

@@ -75,6 +75,10 @@ def test_another_environment_is_asked_as_the_model_knows_it():
         {"env": {"id": "Acrobot-v1"}, "name": "a"}, {"env": {"id": "CartPole-v1"}}
     )
     assert bare["name"] == "cartpole-v1", "though no setting of the other one is left out"
+    other = env_of("--env", "EZPoints", recipe="points24")
+    assert "extra_splits" not in other["eval"], "they are splits of the other environment's"
+    given = env_of("--env", "EZPoints", "--eval.extra_splits", "[all]", recipe="points24")
+    assert given["eval"]["extra_splits"] == ["all"]
     with pytest.raises(ContractError, match="Did you mean 'Blackjack'"):
         env_of("--env", "Blackjak")
 

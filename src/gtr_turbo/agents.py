@@ -170,7 +170,7 @@ def env_config(options: argparse.Namespace, config: TrainConfig) -> tuple[EnvCon
     """The environment with `--option` applied, and the split to play.
 
     Raises:
-        ConfigError: an option is not NAME=VALUE, or the value is no YAML.
+        ConfigError: an option is not NAME=VALUE, or the value is no YAML; or it is the split.
     """
     import yaml
 
@@ -184,5 +184,7 @@ def env_config(options: argparse.Namespace, config: TrainConfig) -> tuple[EnvCon
         except yaml.YAMLError as error:
             told = " ".join(str(error).split())
             raise ConfigError(f"--option {text!r}: the value is no YAML ({told})") from error
+    if "split" in given:
+        raise ConfigError(f"--option split={given['split']}: the split has an option of its own, --split")
     env = replace(config.env, options={**config.env.options, **given})
     return env, None if options.split == "none" else options.split or env.eval_split

@@ -134,8 +134,8 @@ def measure(
     for name in players.keys() & set(
         baselines
     ):  # first, as they are quick to find out that they cannot
-        envs = Envs(env, split, seed, count=min(env.num_envs, episodes))
-        results[name] = play_episodes(players[name], envs, episodes=episodes, seed=seed)
+        with Envs(env, split, seed, count=min(env.num_envs, episodes)) as envs:
+            results[name] = play_episodes(players[name], envs, episodes=episodes, seed=seed)
     found: dict[str, Any] = {}
     if policy is not None:
         about: dict[str, Any] = {"episodes": episodes, "split": split, "seed": seed}

@@ -16,7 +16,7 @@ import torch
 
 from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig
 from gtr_turbo.envs import check_env, make_env
-from gtr_turbo.envs.contract import Tool, attribute
+from gtr_turbo.envs.contract import ContractError, Tool, attribute
 from gtr_turbo.parsing import parse, thought_tokens
 from gtr_turbo.policy.engine import Engine
 from gtr_turbo.policy.generation import generate
@@ -75,7 +75,7 @@ class Envs:
         self.fields: Sequence[str] = fields
         self.field_schemas: Mapping[str, Any] = attribute(self._envs[0], "field_schemas") or {}
         self.tools: Sequence[Tool] = attribute(self._envs[0], "tools") or ()
-        self._seed, self.first = seed, first
+        self._name, self._seed, self.first = config.id, seed, first
         self.episodes = [-1] * len(self._envs)
         self.observations: list[Mapping[str, Any]] = [{}] * len(self._envs)
         self.infos: list[Mapping[str, Any]] = [{}] * len(self._envs)
@@ -85,24 +85,49 @@ class Envs:
     def __len__(self) -> int:
         return len(self._envs)
 
+    def __enter__(self) -> Envs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free what the environments hold; the end of a `with` does so too."""
+        for env in self._envs:
+            env.close()
+
     def start(self) -> None:
         """Begin the first episode everywhere."""
         for i in range(len(self)):
             self.reset(i, 0)
 
     def reset(self, i: int, episode: int, seed: int | None = None) -> None:
-        """Begin episode number `episode` of environment `i`."""
+        """Begin episode number `episode` of environment `i`; with a `seed` of its own it is an evaluation's."""
         self.episodes[i], self.actions[i], self._returns[i] = episode, [], 0.0
-        seed = stream(self._seed, 0, self.first + i, episode) % 2**31 if seed is None else seed
-        self.observations[i], self.infos[i] = self._envs[i].reset(seed=seed)
+        options = None
+        if seed is None:
+            seed = stream(self._seed, 0, self.first + i, episode) % 2**31
+        elif count := attribute(self._envs[i], "numbered"):
+            order = np.random.default_rng(self._seed).permutation(count)
+            options = {"number": int(order[episode % count])}
+        self.observations[i], self.infos[i] = self._envs[i].reset(seed=seed, options=options)
 
     def step(self, i: int, action: str) -> Outcome:
-        """Act in environment `i`; does not reset."""
+        """Act in environment `i`; does not reset.
+
+        Raises:
+            ContractError: the episode ends and does not say whether it was a success.
+        """
         observation, reward, terminated, truncated, info = self._envs[i].step(action)
         self.observations[i], self.infos[i] = observation, info
         self.actions[i].append(action)
         self._returns[i] += float(reward)
         done = bool(terminated or truncated)
+        if done and "success" not in info:
+            raise ContractError(
+                f"{self._name}: the last info of an episode holds no success; if a step limit of Gymnasium's ends "
+                "it (register(..., max_episode_steps=N)), give info['success'] every turn"
+            )
         return Outcome(
             observation=observation,
             reward=float(reward),
@@ -115,7 +140,8 @@ class Envs:
     def judge(self, i: int, fields: Mapping[str, Any]) -> Mapping[str, bool]:
         """Facts about a parsed reply in the state that environment `i` is in, if it can check any."""
         judge = attribute(self._envs[i], "judge")
-        return judge(fields) if judge is not None and fields else {}
+        facts = judge(fields) if judge is not None and fields else {}
+        return {name: bool(fact) for name, fact in facts.items()}  # NumPy's are no JSON
 
     def demonstrate(self, i: int, rng: np.random.Generator) -> Mapping[str, Any] | None:
         """The expert's reply in the state that environment `i` is in; None if it has no expert."""
@@ -190,7 +216,12 @@ def play(
             thought_tokens=thought,
             action=parsed.action,
             valid=parsed.valid,
-            legal=parsed.valid and (actions is None or parsed.action in actions),
+            # the card games take `8 * 3` for `8*3`; no other game lists an action that only lacks blanks
+            legal=parsed.valid
+            and (
+                actions is None
+                or not {parsed.action, parsed.action.replace(" ", "")}.isdisjoint(actions)
+            ),
             reward=outcome.reward,
             format_reward=rollout.format_valid if parsed.valid else rollout.format_invalid,
             terminated=outcome.terminated,

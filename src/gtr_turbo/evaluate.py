@@ -167,8 +167,9 @@ def evaluate(
         if engine is not None:
             engine.refresh()
         if own:
-            made = envs(env, split, seed, count=min(max(1, env.num_envs // ranks.world), len(own)))
-            records, facts = _episodes(player, made, own, seed, told)
+            count = min(max(1, env.num_envs // ranks.world), len(own))
+            with envs(env, split, seed, count=count) as made:
+                records, facts = _episodes(player, made, own, seed, told)
     if engine is not None:
         engine.rest()
     if ranks.world > 1:

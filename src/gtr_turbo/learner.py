@@ -189,7 +189,8 @@ class Learner:
         return _teacher_metrics(self.policy, batch, self._history, self._config, self.teacher_age)
 
     def close(self) -> None:
-        """Stop what runs beside the trainer."""
+        """Stop what runs beside the trainer, and free the environments."""
+        self._envs.close()
         if self.engine is not None:
             self.engine.close()
 

@@ -101,12 +101,20 @@ def _action_found(text: str) -> int:
     return -1
 
 
+def _stands(action: str, text: str) -> bool:
+    """Whether the member that `text` begins with has this value, whole: a repair may give half of `(8-4)*6`."""
+    quoted = re.sub(r"""(["'])""", r"\\\\?\1", re.escape(action))
+    value = rf"""["'“]?action["'”]?\s*+:?\s*+["'“]?\s*+{quoted}\s*+["'”]?\s*+"""
+    return re.match(value + r"""(?:$|[,;}]|["'“]?\w++["'”]?\s*+:)""", text) is not None
+
+
 def parse(text: str, required: Sequence[str]) -> Parsed:
     """Read a reply.
 
     Text before the first `{` and a code fence around the object are allowed; single quotes, a missing
     comma and the like are repaired if the object is closed. A key given twice has its last value; the
-    action then begins where the key first stands, so that no part of any action counts as thought.
+    action then begins where the key first stands, so that no part of any action counts as thought. A repaired
+    reply whose action is not all that stands behind that key is not valid: a repair may cut it.
 
     Args:
         text: the reply without its end token.
@@ -124,11 +132,12 @@ def parse(text: str, required: Sequence[str]) -> Parsed:
     if any(order.index(key) > order.index("action") for key in required):
         return Parsed()
     at = _action_begins(text[start:], required) if strict else _action_found(text[start:])
-    if at < 0:
+    action = str(action).strip()
+    if at < 0 or not (strict or _stands(action, text[start + at :])):
         return Parsed()
     return Parsed(
         fields=value,
-        action=str(action).strip(),
+        action=action,
         action_start=start + at,
         valid=True,
         strict=strict,

@@ -83,28 +83,28 @@ def watch(
         frames: folder for the frames as PNG; None keeps none.
         show: draw them too.
     """
-    envs = Envs(env, split, seed, count=1)
     generator = torch.Generator().manual_seed(stream(seed, EVALUATION))
-    for number in range(episodes):
-        envs.reset(0, number, stream(seed, EVALUATION, number) % 2**31)
-        console.rule(f"episode {number}")
-        done = False
-        while not done:
-            ((turn, _),) = play(
-                envs, [0], policy, sampling, RolloutConfig(), generator, greedy=greedy
-            )
-            done = turn.done
-            file = frames / f"{number:04d}-{turn.step:02d}.png" if frames is not None else None
-            _look(console, turn.observed.frame, file=file, show=show)
-            console.print(Text(f"prompt  {printable(turn.prompt)}", style="dim"))
-            console.print(Text(f"reply   {printable(turn.text)}"))
-            facts = "  ".join(
-                f"{name}: {'yes' if fact else 'no'}" for name, fact in turn.facts.items()
-            )
-            style = "green" if turn.reward > 0 else "red" if turn.reward < 0 else ""
-            line = f"reward  {turn.reward:+.1f}   {facts}"
-            console.print(Text(line, style=style))
-        console.print(Text("success" if turn.success else "failed", style="bold"))
+    with Envs(env, split, seed, count=1) as envs:
+        for number in range(episodes):
+            envs.reset(0, number, stream(seed, EVALUATION, number) % 2**31)
+            console.rule(f"episode {number}")
+            done = False
+            while not done:
+                ((turn, _),) = play(
+                    envs, [0], policy, sampling, RolloutConfig(), generator, greedy=greedy
+                )
+                done = turn.done
+                file = frames / f"{number:04d}-{turn.step:02d}.png" if frames is not None else None
+                _look(console, turn.observed.frame, file=file, show=show)
+                console.print(Text(f"prompt  {printable(turn.prompt)}", style="dim"))
+                console.print(Text(f"reply   {printable(turn.text)}"))
+                facts = "  ".join(
+                    f"{name}: {'yes' if fact else 'no'}" for name, fact in turn.facts.items()
+                )
+                style = "green" if turn.reward > 0 else "red" if turn.reward < 0 else ""
+                line = f"reward  {turn.reward:+.1f}   {facts}"
+                console.print(Text(line, style=style))
+            console.print(Text("success" if turn.success else "failed", style="bold"))
 
 
 def by_hand(
@@ -131,31 +131,32 @@ def by_hand(
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="backslashreplace")
     frames = frames or Path(tempfile.mkdtemp(prefix="gtr-turbo-"))
-    envs = Envs(env, split, seed, count=1)
     finished = won = 0
-    for number in range(episodes):
-        envs.reset(0, number, stream(seed, EVALUATION, number) % 2**31)
-        console.rule(f"episode {number}")
-        success = None
-        while success is None:
-            file = frames / f"{number:04d}-{len(envs.actions[0]):02d}.png"
-            for line in envs.observations[0]["prompt"].split("\n"):
-                console.print(Text(printable(line)))
-            _look(console, envs.observations[0]["image"], file=file, show=show)
-            console.print(Text(f"frame   {printable(str(file))}", style="dim"), soft_wrap=True)
-            action = _answer(console, envs.infos[0].get("actions"))
-            if action is None:
-                console.print(f"stopped: {won} of {finished} finished episodes succeeded")
-                return
-            outcome = envs.step(0, action)
-            success = outcome.success
-            style = "green" if outcome.reward > 0 else "red" if outcome.reward < 0 else ""
-            console.print(Text(f"reward  {outcome.reward:+.1f}", style=style))
-        finished, won = finished + 1, won + success
-        turns = len(envs.actions[0])
-        line = f"{'success' if success else 'failed'} after {turns} turn(s), return {outcome.episode_return:+.1f}"
-        console.print(Text(line, style="bold"))
-    console.print(f"{won} of {finished} episodes succeeded")
+    with Envs(env, split, seed, count=1) as envs:
+        for number in range(episodes):
+            envs.reset(0, number, stream(seed, EVALUATION, number) % 2**31)
+            console.rule(f"episode {number}")
+            success = None
+            while success is None:
+                file = frames / f"{number:04d}-{len(envs.actions[0]):02d}.png"
+                for line in envs.observations[0]["prompt"].split("\n"):
+                    console.print(Text(printable(line)))
+                _look(console, envs.observations[0]["image"], file=file, show=show)
+                console.print(Text(f"frame   {printable(str(file))}", style="dim"), soft_wrap=True)
+                action = _answer(console, envs.infos[0].get("actions"))
+                if action is None:
+                    console.print(f"stopped: {won} of {finished} finished episodes succeeded")
+                    return
+                outcome = envs.step(0, action)
+                success = outcome.success
+                style = "green" if outcome.reward > 0 else "red" if outcome.reward < 0 else ""
+                console.print(Text(f"reward  {outcome.reward:+.1f}", style=style))
+            finished, won = finished + 1, won + success
+            turns = len(envs.actions[0])
+            how = "success" if success else "failed"
+            line = f"{how} after {turns} turn(s), return {outcome.episode_return:+.1f}"
+            console.print(Text(line, style="bold"))
+        console.print(f"{won} of {finished} episodes succeeded")
 
 
 def _answer(console: Console, actions: Sequence[str] | None) -> str | None:

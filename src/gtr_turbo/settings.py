@@ -67,7 +67,9 @@ def with_overrides(settings: dict[str, Any], over: dict[str, Any]) -> dict[str, 
     if isinstance(given, str):
         if not _same_environment(own, given):
             name = re.sub(r"\W+", "-", given.rpartition(":")[2].removeprefix("gtr/")).lower()
-            settings = settings | {"name": name}
+            evaluation = settings.get("eval", {})  # its own splits are of the other environment
+            kept = {key: value for key, value in evaluation.items() if key != "extra_splits"}
+            settings = settings | {"name": name, "eval": kept}
         settings = settings | {"env": other_environment(own, given)}
     return merge(settings, over)
 

@@ -174,6 +174,11 @@ def unseeded(self, *, seed=None, options=None):
     return Sound.reset(self, seed=None)
 
 
+def by_chance(self, action):
+    observation, _, *rest = Sound.step(self, action)
+    return observation, np.random.default_rng().random(), *rest
+
+
 def into_one_buffer(self):
     self.buffer = getattr(self, "buffer", np.zeros((16, 16, 3), np.uint8))
     self.buffer[:] = self.grey
@@ -207,11 +212,42 @@ BROKEN = {
         {"reset": lambda self, **_: (Sound.reset(self, seed=1)[0], {"task": ["a"]})},
         r"must be a str, .* got \['a'\]",
     ),
+    "unseeded steps": (
+        {"step": by_chance},
+        r"step\('.'\) gave something else .* another generator",
+    ),
+    "judge raises": (
+        {"judge": lambda self, reply: {"plan": len(reply["thoughts"].split()) > 1}},
+        r"judge\(\{'thoughts': \['\?'\].* raised AttributeError.*do not raise",
+    ),
+    "judge counts": ({"judge": lambda self, reply: {"plan": 3}}, "True and False, got .*3"),
+    "NumPy's numbers": (
+        {"demonstrate": lambda self, rng: {"thoughts": "", "action": rng.integers(3)}},
+        "what JSON can hold, got .*make plain values",
+    ),
+    "half a demonstration": (
+        {"demonstrate": lambda self, rng: {"action": "a"}},
+        r"must give \['thoughts', 'action'\], got",
+    ),
     "actions are numbers": (
         {"reset": lambda self, **_: (Sound.reset(self, seed=1)[0], {"actions": [0, 1]})},
         r"must list strings, got \[0, 1\]",
     ),
 }
+
+
+def test_frames_of_a_simulator_may_differ_where_it_says_so():
+    class Simulator(Sound):
+        same_frames = False
+
+        def observe(self):
+            image = np.random.default_rng().integers(256, size=(16, 16, 3), dtype=np.uint8)
+            return {"image": image, "prompt": "go"}
+
+    check_env(Simulator())
+    Simulator.same_frames = True
+    with pytest.raises(ContractError, match="played again from the same seed"):
+        check_env(Simulator())
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -268,7 +304,7 @@ def test_the_known_way_over_the_lake_wins():
         successes.append(info.get("success"))
     assert rewards == [0, 0, 0, 0, 0, 1]
     assert ends == [(False, False)] * 5 + [(True, False)]
-    assert successes == [None] * 5 + [True]
+    assert successes == [False] * 5 + [True]
     assert (observation["image"][24:, 24:] == 0).all()
 
 
@@ -287,6 +323,14 @@ def test_an_unknown_action_pays_and_moves_nothing_and_counts_as_a_turn():
     assert (reward, terminated, truncated) == (-3.0, False, False)
     assert np.array_equal(before["image"], after["image"])
     _, _, terminated, truncated, info = env.step("jump")
+    assert (terminated, truncated, info["success"]) == (False, True, False)
+
+
+def test_a_step_limit_outside_ends_an_episode_that_says_it_failed():
+    env = gymnasium.wrappers.TimeLimit(lake(), 2)
+    env.reset(seed=0)
+    assert env.step("down")[4]["success"] is False
+    _, _, terminated, truncated, info = env.step("down")
     assert (terminated, truncated, info["success"]) == (False, True, False)
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from kitchen import kitchen
 
+from gtr_turbo.collect import Envs
+from gtr_turbo.config import EnvConfig
 from gtr_turbo.envs import ContractError, make_env
 from gtr_turbo.envs.household import files
 from gtr_turbo.envs.household.generator import generate, scenes
@@ -222,6 +224,22 @@ def test_given_game_files_are_played(tmp_path):
     assert {env.reset(seed=seed)[1]["task"] for seed in range(20)} == {CLEAN, LIGHT}
     env = make_env("Household-Light", games=str(tmp_path))
     assert {env.reset(seed=seed)[1]["task"] for seed in range(9)} == {LIGHT}
+
+
+def test_an_evaluation_plays_each_given_game_once(tmp_path):
+    rng = np.random.default_rng(0)
+    made = [generate(rng, task=LIGHT) for _ in range(5)]
+    for i, game in enumerate(made):
+        files.export(game, tmp_path, f"g{i}", [])
+    envs = Envs(EnvConfig(id="Household", options={"games": str(tmp_path)}), None, 3, count=2)
+    seen = []
+    for number in range(5):
+        envs.reset(number % 2, number, seed=number)
+        seen.append(envs._envs[number % 2].unwrapped.engine.game.scene)
+    assert sorted(seen) == sorted(game.scene for game in made)
+    env = make_env("Household", games=str(tmp_path))
+    with pytest.raises(ContractError, match=r"options\['number'\]=5 is none of the 5 files"):
+        env.reset(options={"number": 5})
 
 
 def test_a_file_that_cannot_be_played_is_told_and_the_next_is_played(tmp_path):

@@ -11,7 +11,7 @@ from gtr_turbo.envs.household.engine import Engine
 from gtr_turbo.envs.household.files import GameError
 from gtr_turbo.envs.household.generator import generate, scenes, targets
 from gtr_turbo.envs.household.oracle import Oracle, solve
-from gtr_turbo.envs.household.world import LIGHT, PLACE, TASKS, TWO
+from gtr_turbo.envs.household.world import LIGHT, PLACE, TASKS, TWO, Task
 
 # -- facts ---------------------------------------------------------------------------------------
 
@@ -340,6 +340,16 @@ def test_a_class_without_a_picture_is_told_before_the_game_begins(tmp_path):
 
     env = make_env("Household", games=str(exported(tmp_path, strange)))
     with pytest.raises(ContractError, match=r"no picture of its \['Bogus'\]"):
+        env.reset(seed=0)
+
+
+def test_a_game_that_is_won_before_it_begins_is_refused(tmp_path):
+    game = generate(np.random.default_rng(0), task=PLACE)
+    thing = next(thing for thing in game.objects if "pickup" in thing.can)
+    task = Task(type=PLACE, object=thing.kind, receptacle=game.receptacles[thing.home].kind)
+    won = dataclasses.replace(game, task=task)
+    env = make_env("Household", games=str(files.export(won, tmp_path, "won", [])))
+    with pytest.raises(ContractError, match="won before the first command"):
         env.reset(seed=0)
 
 

@@ -72,7 +72,7 @@ def test_all_six_tasks_are_won_with_the_rewards_of_the_native_engine(over_fake, 
         write(folder, task)
         # one worker plays all tasks: the simulator starts once
         env = env or over_fake(folder)
-        env.unwrapped._backend._tasks = thor.find_tasks(str(folder), task)
+        env.unwrapped._backend.given = thor.find_tasks(str(folder), task)
         _, info = env.reset(seed=0)
         assert info["task"] == task
         rewards = []

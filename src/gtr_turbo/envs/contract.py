@@ -15,13 +15,18 @@ The contract, on top of `gymnasium.Env`:
   is the plan's next step);
 * optional `demonstrate(rng)`: a reply (dict of the fields) of an expert, for `gtr-turbo sft`;
 * optional `field_schemas`: JSON schemas of the fields that are no strings, and `tools`: a tuple of `Tool`,
-  both for `guidance.kind: external`.
+  both for `guidance.kind: external`;
+* optional `numbered`: how many fixed tasks it has; `reset(options={"number": k})` then plays number k, from 0. An
+  evaluation plays each once before it plays one again;
+* optional `same_frames = False`: the same seed and actions give the same prompts, but frames of a simulator that
+  does not repeat itself to the last bit.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import math
 import os
 import sys
@@ -42,6 +47,8 @@ SPLITS = ("all", "train", "held-out", "held-out-multisets")
 """Splits of deals. `all` is the published distribution; the others partition it (environments.md)."""
 
 MAX_TEXT = 100_000
+REPEATED = 20
+"""Turns that `check_env` plays twice."""
 
 
 class Observation(TypedDict):
@@ -197,10 +204,6 @@ def check_observation(name: str, observation: Any) -> None:
         raise ContractError(f"{name}: prompt must be a non-empty str, got {prompt!r}")
 
 
-def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    return a["prompt"] == b["prompt"] and np.array_equal(a["image"], b["image"])
-
-
 def _check_info(name: str, info: Mapping[str, Any]) -> None:
     task, met = info.get("task"), info.get("goal_conditions")
     if task is not None and not isinstance(task, str):
@@ -215,7 +218,7 @@ def _check_info(name: str, info: Mapping[str, Any]) -> None:
         )
 
 
-def _check_step(name: str, env: Env, action: str) -> tuple[Any, bool]:
+def _check_step(name: str, env: Env, action: str) -> tuple[Any, float, bool, dict[str, Any]]:
     try:
         observation, reward, terminated, truncated, info = env.step(action)
     except Exception as error:
@@ -237,7 +240,16 @@ def _check_step(name: str, env: Env, action: str) -> tuple[Any, bool]:
             f"{name}: the last info of an episode must hold success=True or False, got "
             f"{info.get('success')!r}"
         )
-    return observation, done
+    return observation, float(reward), done, info
+
+
+def _action(name: str, info: Mapping[str, Any], rng: np.random.Generator) -> str:
+    actions = info.get("actions")
+    if actions is not None and (
+        not isinstance(actions, Sequence) or not all(isinstance(a, str) for a in actions)
+    ):
+        raise ContractError(f"{name}: info['actions'] must list strings, got {actions!r}")
+    return str(rng.choice(list(actions))) if actions else "?"
 
 
 def _check_for_corrector(name: str, env: Env, fields: Sequence[str]) -> None:
@@ -247,6 +259,61 @@ def _check_for_corrector(name: str, env: Env, fields: Sequence[str]) -> None:
         raise ContractError(
             f"{name}: `field_schemas` names {sorted(unknown)}, which are not among its fields {fields}"
         )
+
+
+def _check_expert(name: str, env: Env, fields: Sequence[str]) -> None:
+    """In the state that the environment is in: what an expert says, and facts about a reply."""
+    expert, judge = attribute(env, "demonstrate"), attribute(env, "judge")
+    said = expert(np.random.default_rng(0)) if expert is not None else None
+    if said is not None:
+        try:
+            json.dumps(said)
+        except (TypeError, ValueError) as error:
+            raise ContractError(
+                f"{name}: demonstrate must give what JSON can hold, got {said!r:.200} ({error}); "
+                "int() and str() make plain values of NumPy's"
+            ) from error
+        if not isinstance(said, Mapping) or not set(fields) <= set(said):
+            raise ContractError(f"{name}: demonstrate must give {list(fields)}, got {said!r:.200}")
+    for reply in (said, dict.fromkeys(fields, ""), {field: ["?"] for field in fields}):
+        if judge is None or reply is None:
+            continue
+        try:
+            facts = judge(reply)
+        except Exception as error:
+            raise ContractError(
+                f"{name}: judge({reply!r:.200}) raised {type(error).__name__}: {error}. What the model says is "
+                "data: leave a fact out that cannot be told, do not raise."
+            ) from error
+        if not isinstance(facts, Mapping) or not all(
+            isinstance(fact, (bool, np.bool_)) for fact in facts.values()
+        ):
+            raise ContractError(f"{name}: judge must give a dict of True and False, got {facts!r}")
+
+
+def _check_repeats(name: str, env: Env) -> None:
+    """A resumed run plays its running episodes again, so the same seed and actions must lead to the same place."""
+    same_frames = attribute(env, "same_frames") is not False
+    courses = []
+    for _ in range(2):
+        rng = np.random.default_rng(0)
+        observation, info = env.reset(seed=7)
+        course: list[tuple[str, Any, Any]] = [("reset(seed=7)", observation, None)]
+        for _ in range(REPEATED):
+            action = _action(name, info, rng)
+            observation, reward, done, info = _check_step(name, env, action)
+            course.append((f"step({action!r})", observation, (reward, done)))
+            if done:
+                break
+        courses.append(course)
+    for (call, first, paid), (_, again, paid_again) in zip(*courses, strict=False):
+        same = first["prompt"] == again["prompt"] and paid == paid_again
+        if not same or (same_frames and not np.array_equal(first["image"], again["image"])):
+            raise ContractError(
+                f"{name}: {call} gave something else in an episode that was played again from the same seed. Most "
+                "likely reset does not call super().reset(seed=seed), or something draws from another generator "
+                "than self.np_random."
+            )
 
 
 def check_env(env: Env | str, *, episodes: int = 3, max_turns: int = 200) -> None:
@@ -274,23 +341,13 @@ def check_env(env: Env | str, *, episodes: int = 3, max_turns: int = 200) -> Non
     check_observation(name, first)
     kept = first["image"].copy()
     _check_info(name, info)
-    again, _ = env.reset(seed=7)
-    if not _same(first, again):
-        raise ContractError(
-            f"{name}: reset(seed=7) twice gave two observations. Most likely reset does not call "
-            "super().reset(seed=seed), or draws from another generator than self.np_random."
-        )
+    _check_expert(name, env, fields)
+    _check_repeats(name, env)
     rng = np.random.default_rng(0)
     for episode in range(episodes):
         _, info = env.reset(seed=episode)
         for _ in range(max_turns):
-            actions = info.get("actions")
-            if actions is not None and (
-                not isinstance(actions, Sequence) or not all(isinstance(a, str) for a in actions)
-            ):
-                raise ContractError(f"{name}: info['actions'] must list strings, got {actions!r}")
-            action = str(rng.choice(list(actions))) if actions else "?"
-            _, done = _check_step(name, env, action)
+            _, _, done, info = _check_step(name, env, _action(name, info, rng))
             if done:
                 break
         else:

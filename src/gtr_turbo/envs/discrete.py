@@ -92,9 +92,9 @@ class DiscreteText(gymnasium.Env[dict[str, Any], str]):
             _, paid, terminated, truncated, info = self.env.step(self._index[action])
             reward = float(paid)
         truncated = bool(truncated) or self._turns >= self._max_turns
-        info = {**info, "actions": self._actions}
-        if terminated or truncated:
-            info["success"] = bool(info.get("is_success", terminated and reward > 0))
+        # every turn: a limit of gymnasium.make may end the episode outside
+        success = bool(info.get("is_success", terminated and reward > 0))
+        info = {**info, "actions": self._actions, "success": success}
         return self._observation(), reward, bool(terminated), truncated, info
 
 

@@ -157,20 +157,20 @@ def _ids(words: Any, text: str) -> list[int]:
 
 def _seen(config: TrainConfig) -> tuple[list[str], list[np.ndarray]]:
     """Prompts and frames of some environments, played with random actions where they are listed."""
-    envs = Envs(config.env, config.env.train_split, config.seed, count=LOOKED_AT)
-    envs.start()
     rng = np.random.default_rng(config.seed)
     prompts, frames = [], []
-    for i in range(LOOKED_AT):
-        for _ in range(LOOKED_AT):
-            prompts.append(envs.observations[i]["prompt"])
-            frames.append(envs.observations[i]["image"])
-            actions = envs.infos[i].get("actions")
-            if not actions:
-                break
-            outcome = envs.step(i, str(rng.choice(actions)))
-            if outcome.terminated or outcome.truncated:
-                break
+    with Envs(config.env, config.env.train_split, config.seed, count=LOOKED_AT) as envs:
+        envs.start()
+        for i in range(LOOKED_AT):
+            for _ in range(LOOKED_AT):
+                prompts.append(envs.observations[i]["prompt"])
+                frames.append(envs.observations[i]["image"])
+                actions = envs.infos[i].get("actions")
+                if not actions:
+                    break
+                outcome = envs.step(i, str(rng.choice(actions)))
+                if outcome.terminated or outcome.truncated:
+                    break
     return prompts, frames
 
 

@@ -25,7 +25,8 @@ class NumberLineEnv(gymnasium.Env[dict[str, Any], str]):
     Episode end: terminated at the goal; truncated after 10 steps. With `early_truncation` any -1 ends
         the episode (terminated: it is a rule of the task, so nothing is bootstrapped).
     Info: `actions`, `target`, `current`; at the end `success` (the goal was reached).
-    Splits: `held-out` is 5 of the 30 (start, goal) pairs, `train` the others; there are no multisets.
+    Splits: `held-out` is 5 of the 30 (start, goal) pairs, `train` the others; there are no multisets. Episodes walk
+        through pairs of the other split: these are splits of starts, not of pictures.
 
     Args:
         prompt: `full` (published) or `compact`.

@@ -147,9 +147,9 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
 
     def _make(self, backend: str, games: str | None, limits: Mapping[str, float] | None) -> Backend:
         if backend == "thor":
-            given = find_tasks(games, self._type)
-            return Thor(given, self._size, Limits.of(limits or {}))
-        given = files.find(Path(games), self._type) if games is not None else []
+            tasks = find_tasks(games, self._type)
+            return Thor(tasks, self._size, Limits.of(limits or {}))
+        given = files.find(Path(games).resolve(), self._type) if games is not None else ()
         if backend == "textworld":
             return TextWorld(self._type, self._split, given, Limits.of(limits or {}))
         if limits is not None:
@@ -157,6 +157,16 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
                 f"Household: limits={dict(limits)!r} are of a worker, and backend='native' has none"
             )
         return Native(self._type, self._split, given)
+
+    @property
+    def numbered(self) -> int:
+        """How many files of games there are; 0 if games are generated."""
+        return len(self._backend.given)
+
+    @property
+    def same_frames(self) -> bool:
+        """False with a simulator, whose frames differ in a pixel here and there."""
+        return not isinstance(self._backend, Thor)
 
     @property
     def engine(self) -> Engine:
@@ -172,16 +182,20 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start a game. `options={"game": Game}` sets it.
+        """Start a game. `options={"game": Game}` sets it, `{"number": 3}` takes that one of `games`, from 0.
 
         Raises:
-            ContractError: it is no `Game`, or cannot be played.
+            ContractError: it is no `Game`, or there is none, or it cannot be played.
         """
         super().reset(seed=seed)
-        game = (options or {}).get("game")
+        game, number = (options or {}).get("game"), (options or {}).get("number")
         if game is not None and not isinstance(game, Game):
             raise ContractError(f"Household: options['game']={game!r:.80} must be a Game")
-        self._feedback = self._backend.begin(self.np_random, game)
+        if number is not None and number not in range(self.numbered):
+            raise ContractError(
+                f"Household: options['number']={number!r:.80} is none of the {self.numbered} files of games"
+            )
+        self._feedback = self._backend.begin(self.np_random, game, number)
         self._past: list[str] = []
         self._met = self._backend.fraction
         return self._observation(), self._info()

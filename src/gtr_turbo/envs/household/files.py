@@ -6,6 +6,7 @@ is compared with what the engine knows, and nothing of it is evaluated.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import defaultdict
@@ -353,8 +354,9 @@ def load(path: Path) -> Game:
         raise GameError(f"cannot play {path}: {error}") from error
 
 
-def find(path: Path, task: str | None = None) -> list[Path]:
-    """The games at a path, in order: those that ALFWorld would play.
+@functools.cache  # each environment of a run asks again, and thousands of files are read
+def find(path: Path, task: str | None = None) -> tuple[Path, ...]:
+    """The games at a path, in order: those that ALFWorld would play. Found once in a process.
 
     Left out are movable receptacles, sliced objects, and games that are not marked as solvable.
 
@@ -366,13 +368,13 @@ def find(path: Path, task: str | None = None) -> list[Path]:
         GameError: there are none.
     """
     found = [path] if path.is_file() else sorted(path.rglob(GAME))
-    playable = [
+    playable = tuple(
         file
         for file in found
         if not re.search("movable|Sliced", file.as_posix())
         and (task is None or file.parent.parent.name.startswith(f"{task}-"))
         and _SOLVABLE.search(file.read_bytes())
-    ]
+    )
     if not playable:
         raise GameError(
             f"no solvable {GAME}{f' of type {task}' if task else ''} at {path} (of {len(found)} there); "

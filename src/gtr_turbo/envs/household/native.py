@@ -45,8 +45,13 @@ class Backend(Protocol):
     fraction: float
     """Share of ALFRED's goal conditions that are met."""
 
-    def begin(self, rng: np.random.Generator, game: Game | None = None) -> str:
-        """Draw a game, or take the given one, and start it; returns the introduction.
+    given: Sequence[Path]
+    """Files of games to play; empty if they are generated."""
+
+    def begin(
+        self, rng: np.random.Generator, game: Game | None = None, number: int | None = None
+    ) -> str:
+        """Draw a game, or take the given one or that number of the files; start it; returns the introduction.
 
         Raises:
             ContractError: the game cannot be played, or its worker failed twice.
@@ -85,9 +90,11 @@ class Native:
     """
 
     def __init__(self, task: str | None, split: str, given: Sequence[Path]) -> None:
-        self._type, self._split, self._given = task, split, given
+        self._type, self._split, self.given = task, split, given
 
-    def begin(self, rng: np.random.Generator, game: Game | None = None) -> str:
+    def begin(
+        self, rng: np.random.Generator, game: Game | None = None, number: int | None = None
+    ) -> str:
         """Start a game: the one given, one of the files, or a new one.
 
         A file that cannot be played is told, and the next one is taken.
@@ -97,14 +104,15 @@ class Native:
         """
         if game is not None and (problem := drawing.undrawable(game)):
             raise GameError(f"cannot play the given game: {problem}")
-        if game is not None or not self._given:
+        if game is not None or not self.given:
             return self._start(game or generate(rng, task=self._type, split=self._split), None)
-        first = int(rng.integers(len(self._given)))
-        for path in (*self._given[first:], *self._given[:first]):
+        drawn = int(rng.integers(len(self.given)))
+        first = drawn if number is None else number
+        for path in (*self.given[first:], *self.given[:first]):
             try:
                 game = self._load(path)
             except GameError as error:
-                if len(self._given) == 1:
+                if len(self.given) == 1:
                     raise
                 last = error
                 warnings.warn(f"Household: {error}; the next game is played", stacklevel=4)
@@ -116,6 +124,9 @@ class Native:
         game = files.load(path)
         if problem := drawing.undrawable(game):
             raise GameError(f"cannot play {path}: {problem}")
+        met, total = Engine(game).conditions
+        if met == total:
+            raise GameError(f"cannot play {path}: it is won before the first command")
         return game
 
     def _start(self, game: Game, path: Path | None) -> str:

@@ -86,14 +86,17 @@ class Thor:
     """
 
     def __init__(self, tasks: Sequence[Path], size: int, limits: Limits) -> None:
-        self._tasks = tasks
+        self.given = tasks
         self.worker = Worker(ENGINE, {"size": size}, limits)
 
-    def begin(self, rng: np.random.Generator, game: Game | None = None) -> str:
-        """Start one of the tasks."""
+    def begin(
+        self, rng: np.random.Generator, game: Game | None = None, number: int | None = None
+    ) -> str:
+        """Start one of the tasks: that number, or any."""
         if game is not None:
             raise ContractError("Household: backend='thor' plays its own tasks, no given game")
-        path = self._tasks[int(rng.integers(len(self._tasks)))]
+        drawn = int(rng.integers(len(self.given)))
+        path = self.given[drawn if number is None else number]
         seed = int(rng.integers(2**31))  # of the choice among ways to say the task
         answer = self.worker.reset(path=str(path.resolve()), seed=seed)
         self.task, self.sentence = str(answer["task"]), str(answer["sentence"])
