@@ -4,14 +4,16 @@
 
 Runs lie in FOLDER/NAME. What `compare` says of them is copied to benchmarks/results/study: NAME.json and NAME.csv;
 and to docs/results, as NAME.html. `--summary` does so without starting a run. Settings, metrics and summary of each
-finished run are kept in benchmarks/results/study/NAME, so that a study goes on from there on another machine; the
-runs of `stress` with `kl` serve the ablations too. While kinds of guidance are compared, the script
-examples/solver_corrector.py is served for `external`.
+finished run are kept in benchmarks/results/study/NAME, with attempts.jsonl, so that a study goes on from there on
+another machine. Where a run lies in both places and is not the same, nothing is done: remove one of the two. The
+runs of `stress` with `kl` serve the ablations too, and are kept once, in `stress`. While kinds of guidance are
+compared, the script examples/solver_corrector.py is served for `external`.
 """
 
 from __future__ import annotations
 
 import argparse
+import filecmp
 import shutil
 import signal
 import subprocess
@@ -86,6 +88,8 @@ UNCHANGED = {
 }
 """Of each ablation, the variant that has the settings of `stress` with `kl`."""
 KEPT = ("config.yaml", "metrics.jsonl", "summary.json")
+"""Of a run; it is kept once the last of them is."""
+ATTEMPTS = "attempts.jsonl"
 RESULTS = "benchmarks/results/study"
 """Below ROOT."""
 
@@ -111,7 +115,7 @@ def main() -> int:
     with solver(PORTS[options.name]) if serve else nullcontext():
         code = run(command)
     results, pages = ROOT / RESULTS, ROOT / "docs/results"
-    keep(out, results / options.name)
+    keep(options.name, out)
     for name, path in made.items():
         if _written(path) != before[name]:
             folder = pages if path.suffix == ".html" else results
@@ -121,24 +125,73 @@ def main() -> int:
 
 
 def bring(study: str, out: Path) -> None:
-    """Put the kept runs of a study back where there is no run; `compare` refuses those with other settings."""
+    """Put the kept runs of a study back where there is no run, and what is known of how they came about.
+
+    `compare` refuses runs with other settings.
+
+    Raises:
+        SystemExit: there is another run; both are named, and nothing is copied.
+    """
     results = ROOT / RESULTS
-    kept = {run: run.relative_to(results / study) for run in (results / study).glob("*/seed*")}
+    kept = {run.relative_to(results / study): run for run in _finished(results / study)}
     if study in UNCHANGED:
-        same = (results / "stress/guidance=kl").glob("seed[0-2]")
-        kept |= {run: Path(UNCHANGED[study], run.name) for run in same}
-    for run, place in kept.items():
+        same = _finished(results / "stress", "guidance=kl/seed[0-2]")
+        kept |= {Path(UNCHANGED[study], run.name): run for run in same}
+    _refuse([(out / place, run) for place, run in kept.items() if (out / place).exists()])
+    for place, run in kept.items():
         if not (out / place).exists():
             shutil.copytree(run, out / place)
+    _add_lines(results / study / ATTEMPTS, out / ATTEMPTS)
 
 
-def keep(out: Path, results: Path) -> None:
-    """Copy what is kept of each finished run."""
-    for summary in out.glob("*/seed*/summary.json"):
-        place = results / summary.parent.relative_to(out)
-        place.mkdir(parents=True, exist_ok=True)
-        for name in KEPT:
-            shutil.copyfile(summary.with_name(name), place / name)
+def keep(study: str, out: Path) -> None:
+    """Copy what is kept of each finished run that is not kept yet, but for those that `stress` keeps.
+
+    Raises:
+        SystemExit: another run is kept; both are named, and the others are copied.
+    """
+    results = ROOT / RESULTS
+    there = []
+    for run in _finished(out):
+        if run.parent.name == UNCHANGED.get(study):
+            continue
+        place = results / study / run.relative_to(out)
+        if (place / KEPT[-1]).exists():
+            there.append((run, place))
+        else:
+            place.mkdir(parents=True, exist_ok=True)
+            for name in KEPT:
+                shutil.copyfile(run / name, place / name)
+    _add_lines(out / ATTEMPTS, results / study / ATTEMPTS)
+    _refuse(there)
+
+
+def _finished(folder: Path, runs: str = "*/seed*") -> list[Path]:
+    """The finished runs of a folder."""
+    return [summary.parent for summary in sorted(folder.glob(f"{runs}/{KEPT[-1]}"))]
+
+
+def _refuse(pairs: list[tuple[Path, Path]]) -> None:
+    """End if a pair of folders does not hold the same run: no time in them says which is the later one."""
+    other = [
+        f"{here} and {kept}"
+        for here, kept in pairs
+        if filecmp.cmpfiles(here, kept, KEPT, shallow=False)[0] != list(KEPT)
+    ]
+    if other:
+        sys.exit(f"not the same run; remove the one that is not wanted: {'; '.join(other)}")
+
+
+def _add_lines(source: Path, to: Path) -> None:
+    """Append the lines of a file that another one lacks."""
+    there = to.read_text(encoding="utf-8") if to.exists() else ""
+    text = source.read_text(encoding="utf-8") if source.exists() else ""
+    new = [line for line in text.splitlines() if line not in there.splitlines()]
+    if new:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with open(to, "a", encoding="utf-8") as file:
+            cut = bool(there) and not there.endswith("\n")  # by a crash
+            file.write("\n" * cut + "".join(f"{line}\n" for line in new))
 
 
 @contextmanager
@@ -155,10 +208,13 @@ def solver(port: int) -> Iterator[None]:
 
 
 def run(command: list[str]) -> int:
-    """A command's exit code. Ctrl-C and SIGTERM are handed to it, as often as they come, and it is waited for."""
+    """A command's exit code. Ctrl-C, SIGTERM and SIGHUP are handed to it, as often as they come; it is awaited."""
     # in a session of its own, so that Ctrl-C reaches it once
     process = subprocess.Popen(command, start_new_session=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         signal.signal(number, lambda received, _: process.send_signal(received))
     return process.wait()
 

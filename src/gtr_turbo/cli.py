@@ -289,6 +289,8 @@ def _plan_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _terminate(number: int, frame: Any) -> None:
+    if number == signal.SIGHUP:  # a closing terminal and its shell both send it
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
@@ -306,6 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     options, rest = _parser().parse_known_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+        signal.signal(signal.SIGHUP, _terminate)
     try:
         _meet(options.command)
         return int(options.run_command(options, rest))

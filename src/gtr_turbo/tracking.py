@@ -21,7 +21,7 @@ from gtr_turbo.turns.turn import Turn
 
 
 class JsonlWriter:
-    """`metrics.jsonl`: one JSON object a line; closed after each, so that nothing is lost however a run ends."""
+    """`metrics.jsonl`: a JSON object a line; on the disk after each, so that no checkpoint outlasts its row."""
 
     def __init__(self, path: Path, keep_until: int) -> None:
         """Append to `path` after dropping rows of updates beyond `keep_until` (those are made again)."""
@@ -35,6 +35,8 @@ class JsonlWriter:
         """Append one line."""
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(dict(row)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _update_of(line: str) -> float:

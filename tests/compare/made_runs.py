@@ -20,7 +20,7 @@ def finished(folder, *, seed=0, over=None, after=0.5, merge_after=0.6, curve=(0.
         over: nested settings.
         after: success of the student after.
         merge_after: of the merge.
-        curve: `rollout/success` of each update, 256 steps and 10 seconds apart.
+        curve: `rollout/success` of the first updates, 256 steps and 10 seconds apart; in others no episode ends.
     """
     settings = merge(read_config(config_file("ezpoints")), {"name": "ezpoints"} | (over or {}))
     config = replace(build_config(TrainConfig, settings), run=str(folder), seed=seed)
@@ -31,6 +31,8 @@ def finished(folder, *, seed=0, over=None, after=0.5, merge_after=0.6, curve=(0.
          "system/cpu_seconds": 15.0 * (i + 1)}
         for i, y in enumerate(curve)
     ]  # fmt: skip
+    for update in range(len(curve) + 1, config.num_updates + 1):
+        rows.append({"update": update, "env_steps": 256 * update})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = {
         "env_steps": config.num_updates * config.turns_per_update,

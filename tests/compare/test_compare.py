@@ -30,9 +30,10 @@ VARY = ["--vary", "guidance=none,kl"]
 
 @pytest.fixture(autouse=True)
 def _signals():
-    before = signal.getsignal(signal.SIGTERM)
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGHUP)]
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -266,7 +267,7 @@ def test_the_table_fits_80_columns_and_marks_the_best(capsys, made, monkeypatch)
     assert "* 70.0 %" in text
     assert "-23.0 to +63.0" in text
     assert "3 of 4 runs" in text
-    assert "reaching 50% (success while training)" in text
+    assert "reaching 50.0 % (success while training)" in text
     assert "missing: guidance=kl, seed 3: not started" in text
     table = text[: text.index("Mean over seeds")]
     assert all(len(line) <= 80 for line in table.splitlines())
@@ -288,7 +289,7 @@ def test_a_narrow_terminal_gets_more_tables_and_every_number(capsys, made, monke
 def test_held_out_curves_are_used_where_they_were_logged(capsys, made):
     for number, path in enumerate(sorted(made.glob("*/seed*/metrics.jsonl"))):
         rows = lines(path)
-        for row in rows[::2]:
+        for row in rows[:6:2]:
             row["eval/student_success"], row["eval/teacher_success"] = 0.5, 0.6 + 0.01 * number
             row["external/dollars"] = 0.001 * row["env_steps"]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -304,8 +305,64 @@ def test_held_out_curves_are_used_where_they_were_logged(capsys, made):
         [0.11 - 4.302653 * 0.01 / 3**0.5, 0.11 + 4.302653 * 0.01 / 3**0.5]
     )
     assert found["variants"][1]["median_steps"] == 256 * 5  # the third time it is measured
-    assert "reaching 50% (student, fixed deals)" in capsys.readouterr().out
+    assert "reaching 50.0 % (student, fixed deals)" in capsys.readouterr().out
     assert "(student, fixed deals). Of finished runs" in (made / "report.html").read_text()
+
+
+@pytest.mark.parametrize("short", ["guidance=none", "guidance="])
+def test_too_few_held_out_evaluations_leave_the_curve_of_training_to_judge_all(capsys, made, short):
+    for path in sorted(made.glob("*/seed*/metrics.jsonl")):
+        rows = lines(path)
+        for row in rows[: 4 if path.parts[-3].startswith(short) else 6 : 2]:
+            row["eval/student_success"] = 1.0
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    none, kl = summarise(made, "--target", "0.5")["variants"]
+    assert (none["reached"], kl["reached"]) == (2, 3)
+    assert "reaching 50.0 % (success while training)" in capsys.readouterr().out
+
+
+def test_fewer_than_three_values_say_nothing_of_a_target(capsys, made):
+    for path in made.glob("guidance=none/seed*/metrics.jsonl"):
+        rows = lines(path)
+        for row in rows[2:6]:
+            del row["rollout/success"]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    none, kl = summarise(made, "--target", "0.5")["variants"]
+    assert (none["finished"], none["judged"], none["reached"]) == (3, 0, None)
+    assert (kl["judged"], kl["reached"]) == (3, 3)
+    text = capsys.readouterr().out
+    assert "fewer than 3 values of rollout/success logged in 3 of 6 runs" in text
+    rows = re.findall(r"(\d of \d) +([\d,]+) *$", text, re.MULTILINE)
+    assert rows == [("3 of 3", "1,280")]
+
+
+def test_a_run_that_lost_rows_changes_no_curve_of_the_others(capsys, made):
+    whole = summarise(made, "--target", "0.5")
+    path = made / "guidance=kl" / "seed1" / "metrics.jsonl"
+    text = path.read_text().splitlines()
+    for kept in (text[:3], text[:2] + text[3:], text[1:]):
+        path.write_text("\n".join(kept) + "\n")
+        found = summarise(made, "--target", "0.5")
+        note = "note: guidance=kl/seed1/metrics.jsonl lacks rows"
+        assert note in capsys.readouterr().out
+        (kl,) = (run for run in found["runs"] if run["folder"] == "guidance=kl/seed1")
+        gone = {name for name in kl["values"] if name.startswith(("area/", "target/"))}
+        assert not gone | {"cost/cpu_seconds"} & set(kl["values"])
+        assert kl["values"]["after/held-out/student"] == 0.6
+        for before, after in zip(whole["runs"], found["runs"], strict=True):
+            assert after is kl or after["values"] == before["values"]
+        assert (found["variants"][1]["judged"], found["variants"][1]["reached"]) == (2, 2)
+        pairs = found["variants"][1]["differences"]["area/rollout/success"]["pairs"]
+        assert pairs == 2
+
+
+def test_the_table_says_on_how_many_pairs_a_difference_rests(capsys, made):
+    for name in ("summary.json", "config.yaml", "metrics.jsonl"):
+        (made / "guidance=none" / "seed2" / name).unlink()
+    summarise(made)
+    text = capsys.readouterr().out
+    assert "+10.0, 2 pairs" in text  # of seeds 0 and 1; the row has seed 2 too
+    assert "the same, 2 pairs" in text
 
 
 def test_a_damaged_line_is_skipped_and_told(capsys, made):
@@ -420,11 +477,22 @@ def test_settings_are_written_as_they_are_given(capsys, monkeypatch, tmp_path):
 
 def test_nothing_there_is_no_success(capsys, tmp_path):
     arguments = ["compare", "ezpoints", "--seeds", "1", "--only-summary", "--out"]
-    assert main([*arguments, str(tmp_path)]) == 1
-    assert "0 of 1 runs" in capsys.readouterr().out
+    assert main([*arguments, str(tmp_path)]) == 2
+    assert "which holds runs of no variant" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
     assert main([*arguments, str(tmp_path / "typo")]) == 2
     assert "typo is no folder of a comparison" in capsys.readouterr().err
     assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.parametrize("plan", [[], ["--vary", "guidance=sft"], [*VARY, "--seeds", "3,"]])
+def test_a_summary_of_another_plan_replaces_nothing(capsys, made, plan):
+    summarise(made)
+    before = {path: path.read_bytes() for path in made.iterdir() if path.is_file()}
+    arguments = ["compare", "ezpoints", *plan, "--out", str(made), "--episodes", "0"]
+    assert main([*arguments, "--only-summary"]) == 2
+    assert "which holds runs of guidance=kl, guidance=none;" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in made.iterdir() if path.is_file()} == before
 
 
 def test_comparing_what_is_there_needs_no_torch(made):

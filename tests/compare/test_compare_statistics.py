@@ -6,6 +6,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from gtr_turbo.compare.measures import Measure
+from gtr_turbo.compare.results import VariantResult
+from gtr_turbo.compare.show import amount, change, name_of_best
 from gtr_turbo.compare.statistics import (
     area,
     bootstrap,
@@ -190,6 +193,38 @@ def test_the_area_is_the_mean_height_over_the_range():
     assert area([0, 30], [0, 3], 10, 10) == 1.0
     assert area([5, 10], [1, 1], 0, 10) is None  # it does not reach back to 0
     assert area([], [], 0, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("means", "better", "best"),
+    [
+        ([0.5, 0.7, 0.6], "higher", 1),
+        ([0.5, 0.7, 0.6], "lower", 0),
+        ([0.1 + 0.2, 0.3, 0.2], "higher", None),  # 4e-17 apart
+        ([0.3, 0.3 - 1e-6], "higher", 0),
+        ([0.3], "higher", None),
+        ([0.3, 0.5], None, None),
+    ],
+)
+def test_the_best_mean_has_a_star_if_no_other_shares_it(means, better, best):
+    results = [
+        VariantResult(
+            label=str(number),
+            planned=1,
+            finished=1,
+            estimates={"x": estimate(row(mean))},
+            differences={},
+        )
+        for number, mean in enumerate(means)
+    ]
+    found = name_of_best(results, "x", Measure("x", "fraction", better))
+    assert found == (None if best is None else str(best))
+
+
+def test_a_change_that_rounds_to_nothing_has_no_sign():
+    assert [change(v, "fraction") for v in (-0.0004, 0.0004, -0.0006)] == ["0.0", "0.0", "-0.1"]
+    assert [change(v, "seconds") for v in (-0.04, 0.06, -1e4)] == ["0.0 s", "+0.1 s", "-10,000 s"]
+    assert amount(-0.0004, "fraction") == "0.0 %"
 
 
 def test_a_target_is_reached_by_a_mean_and_not_by_luck():

@@ -49,6 +49,8 @@ def comparison(label="guidance=kl"):
         "main": False,
         "rows": rows,
     }
+    close = gap | {"mean": -0.0004, "low": -0.0014, "high": 0.0004, "above": 0}
+    panel["rows"][2]["difference"] = close
     return {
         "title": "GTR-Turbo comparison: toy",
         "base": "guidance=none",
@@ -87,7 +89,7 @@ def test_variants_stand_beside_each_other_with_seeds_and_intervals(opened, compa
         kl
         == "guidance=kl 2 of 3 runs ★ 75.0 % 65.0 % to 85.0 % +25.0 −5.0 to +55.0 higher in 1 of 2"
     )
-    assert sft == "guidance=sft 0 of 3 runs – –"
+    assert sft == "guidance=sft 0 of 3 runs – 0.0 −0.1 to 0.0 higher in 0 of 2"
     plot = first.locator("tbody tr").nth(1).locator("td.plot svg")
     assert plot.get_attribute("aria-label") == (
         "seeds 70.0 %, 80.0 %; mean 75.0 %, interval 65.0 % to 85.0 %"

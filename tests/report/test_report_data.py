@@ -2,7 +2,9 @@ import base64
 import io
 import itertools
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import zlib
@@ -17,7 +19,7 @@ from gtr_turbo.report.episodes import join, order_of_choice, spread
 from gtr_turbo.report.frames import Frames
 from gtr_turbo.report.groups import group_labels, group_runs
 from gtr_turbo.report.overview import facts, results, settings
-from gtr_turbo.report.page import as_json
+from gtr_turbo.report.page import as_json, write_whole
 from gtr_turbo.report.read import read_run, read_runs
 
 
@@ -56,7 +58,7 @@ def test_an_episode_split_over_two_files_is_one_episode(tmp_path):
 
 def test_an_episode_without_its_end_is_unfinished_and_one_with_a_gap_is_incomplete(tmp_path):
     folder = make_run(tmp_path / "run", updates=1)
-    write_lines(folder / "trajectories" / "000001.jsonl", [turn(0, 0, 0), turn(0, 1, 1)])
+    write_lines(folder / "trajectories" / "000001.jsonl", [turn(0, 0, 0), turn(1, 1, 1)])
     episodes, _ = join(read_run(folder).turns)
     assert [(e.outcome, e.complete) for e in episodes] == [("unfinished", True), ("failed", False)]
 
@@ -68,6 +70,16 @@ def test_of_a_turn_stored_twice_the_later_file_counts_and_the_page_says_so(tmp_p
     assert (twice, episodes[-1].turns[0].action) == (1, "down")
     info = write_report([folder], tmp_path / "r.html")
     assert any("stored twice" in warning for warning in info.warnings)
+
+
+def test_an_episode_that_another_follows_lacks_turns_if_it_has_no_end(tmp_path):
+    folder = make_run(tmp_path / "run", updates=1)
+    lines = [turn(0, 0, 0), turn(0, 1, 0), turn(1, 0, 0), turn(1, 0, 1), turn(1, 1, 0)]
+    write_lines(folder / "trajectories" / "000001.jsonl", lines)
+    episodes, _ = join(read_run(folder).turns)
+    assert [(e.env, e.number) for e in episodes if not e.complete] == [(0, 0)]
+    warnings = write_report([folder], tmp_path / "r.html").warnings
+    assert warnings == ("run: 1 episodes lack turns; they are marked",)
 
 
 def test_turns_are_ordered_by_step_whatever_the_order_of_the_lines(tmp_path):
@@ -218,6 +230,28 @@ def test_runs_are_grouped_by_all_settings_but_seed_and_folder(tmp_path):
     differing = {row["name"] for row in settings(runs) if row["differs"]}
     assert {"run", "seed", "name", "guidance.kind"} <= differing
     assert "teacher.density" not in differing
+
+
+def test_labels_name_as_many_settings_as_tell_groups_apart(tmp_path):
+    grid = list(itertools.product((0, 1), repeat=4))
+    runs = read_runs(
+        [
+            make_run(
+                tmp_path / f"{number}-{seed}",
+                seed=seed,
+                updates=1,
+                settings={"ppo": dict(zip("abcd", values, strict=True))},
+                trajectories=False,
+            )
+            for number, values in enumerate(grid)
+            for seed in (0, 1)
+        ]
+    )
+    labels = group_labels(runs, group_runs(runs))
+    assert labels[1] == "toy (ppo.a 0, ppo.b 0, ppo.c 0, ppo.d 1)"
+    assert len(set(labels)) == 16
+    means = [row for row in results(runs) if row["run"] is None]
+    assert [row["group"] for row in means] == list(range(16))
 
 
 def test_titles_are_of_metrics_that_are_documented(request):
@@ -399,6 +433,17 @@ def test_a_run_without_config_or_summary_or_trajectories_still_has_curves(tmp_pa
     assert "--save.trajectories" in data["empty"]
 
 
+def test_runs_without_trajectories_beside_others_are_told_in_one_line(tmp_path):
+    some, off = make_run(tmp_path / "some"), make_run(tmp_path / "off", trajectories=False)
+    gone = [make_run(tmp_path / f"gone{number}") for number in range(12)]
+    for run in gone:
+        shutil.rmtree(run / "trajectories")
+    (warning,) = write_report([some, off, *gone], tmp_path / "r.html").warnings
+    named = ", ".join(f"gone{number}" for number in range(10))
+    assert warning == f"no trajectories are there of {named} and 2 more"
+    assert write_report([some, *gone], tmp_path / "r.html", episodes=0).warnings == ()
+
+
 def test_equal_folder_names_get_labels_that_differ(tmp_path):
     runs = read_runs([make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run")])
     assert [run.label for run in runs] == ["a/run", "b/run"]
@@ -411,3 +456,17 @@ def test_the_file_is_replaced_whole(tmp_path):
     assert first.size == out.stat().st_size
     write_report([run], out)
     assert [path.name for path in out.parent.iterdir()] == ["r.html"]
+
+
+def test_two_writers_of_a_file_do_not_meet(tmp_path, monkeypatch):
+    out, replace = tmp_path / "r.html", os.replace
+
+    def slow(part, to):
+        monkeypatch.setattr(os, "replace", replace)
+        write_whole(out, b"other")  # while the first is about to be put into its place
+        replace(part, to)
+
+    monkeypatch.setattr(os, "replace", slow)
+    write_whole(out, b"first")
+    assert out.read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["r.html"]

@@ -39,6 +39,25 @@ def test_filters(opened, report):
     assert count(page) == "4 of 36 episodes"  # episode 1 lies in both updates
 
 
+def test_a_run_without_episodes_and_an_episode_without_its_end_say_so(opened, tmp_path):
+    runs = [make_run(tmp_path / "some"), make_run(tmp_path / "none", trajectories=False)]
+    lines = [turn(0, 0, 0), turn(0, 1, 0)]
+    for path in (runs[0] / "trajectories").glob("*.jsonl"):
+        path.unlink()
+    write_lines(runs[0] / "trajectories" / "000001.jsonl", lines)
+    write_report(runs, tmp_path / "r.html")
+    page = opened(tmp_path / "r.html").go()
+    notice = "#turn .notice"
+    assert page.inner_text(notice) == "Turns of this episode are missing from the stored files."
+    page.keyboard.press("j")
+    assert page.inner_text(notice) == "The end of this episode was not stored: the run ended first."
+    page.select_option("#filter-run", "1")
+    assert page.inner_text("#episodes") == "This file holds no episode of this run."
+    page.select_option("#filter-run", "0")
+    page.select_option("#filter-outcome", "failed")
+    assert "No episode matches" in page.inner_text("#episodes")
+
+
 def test_order_by_kl_is_that_of_the_stored_numbers(opened, report):
     page = opened(report).go()
     page.select_option("#filter-run", "0")

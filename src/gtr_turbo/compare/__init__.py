@@ -153,14 +153,22 @@ def summarise(
         episodes: in the replay of the report.
 
     Raises:
-        ConfigError: the folder is not there, or a run folder holds something else.
+        ConfigError: the folder is not there, a run folder holds something else, or no run is finished and none has
+            failed; nothing is written then.
     """
     if not plan.out.is_dir():
         raise ConfigError(
             f"{plan.out} is no folder of a comparison; name one that is there with --out"
         )
+    jobs = plan.runs()
+    if not failures and all(job.state != "finished" for job in jobs):
+        there = sorted({path.parents[1].name for path in plan.out.glob("*/seed*/config.yaml")})
+        raise ConfigError(
+            f"no run with these --vary and --seeds is finished in {plan.out}, which holds runs of "
+            f"{', '.join(there) or 'no variant'}; give those they were made with"
+        )
     comparison = collect(
-        plan.runs(),
+        jobs,
         plan.variants,
         plan.factors,
         plan.out,

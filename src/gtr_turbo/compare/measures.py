@@ -120,15 +120,19 @@ def areas(curves: Sequence[Curve]) -> list[float | None]:
     return [area(steps, values, low, high) for steps, values in curves]
 
 
-def target_curve(run: Run) -> str:
-    """On what a target is reached: the success on fixed deals if the run logged it, else that while training."""
-    logged = any("eval/student_success" in row for row in run.rows)
-    return "eval/student_success" if logged else "rollout/success"
+def target_curve(runs: Sequence[Run]) -> str:
+    """On what all runs reach a target: success on fixed deals if each can be judged by it, else while training."""
+    name = "eval/student_success"
+    return name if all(judged(run, name) for run in runs) else "rollout/success"
 
 
-def reach(run: Run, target: float) -> dict[str, float]:
-    """Steps and seconds until the target; empty if it was not reached."""
-    name = target_curve(run)
+def judged(run: Run, name: str) -> bool:
+    """Whether a run logged a metric often enough to say when it reached a target."""
+    return sum(name in row for row in run.rows) >= WINDOW
+
+
+def reach(run: Run, name: str, target: float) -> dict[str, float]:
+    """Steps and seconds until the metric `name` reaches the target; empty if it did not."""
     rows = [row for row in run.rows if name in row]
     found = first_reach([row[name] for row in rows], target, WINDOW)
     if found is None:
@@ -137,6 +141,13 @@ def reach(run: Run, target: float) -> dict[str, float]:
     if "system/seconds" in rows[found]:
         values["target/seconds"] = rows[found]["system/seconds"]
     return values
+
+
+def has_all_rows(run: Run) -> bool:
+    """Whether a finished run has the row of each of its updates, up to the steps that its summary names."""
+    updates = [row["update"] for row in run.rows]
+    whole = updates == list(range(1, len(updates) + 1))
+    return whole and run.rows[-1]["env_steps"] == run.summary.get("env_steps")
 
 
 def costs(run: Run) -> dict[str, float]:

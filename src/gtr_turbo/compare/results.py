@@ -7,7 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,10 +48,12 @@ class VariantResult:
     estimates: Mapping[str, Estimate]
     differences: Mapping[str, Difference]
     """To the first variant (of the same setting), by measure; the first has none."""
+    judged: int = 0
+    """Finished runs that logged enough to say when the target was reached."""
     reached: int | None = None
-    """Finished runs that reached the target; None without one."""
+    """Those of them that reached it; None without a target, or if none is judged."""
     median_steps: float | None = None
-    """Steps to the target, median over the finished runs; None if half or more did not reach it."""
+    """Steps to the target, median over the judged runs; None if half or more did not reach it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +64,8 @@ class Comparison:
     factors: Sequence[Factor]
     seeds: Sequence[int]
     target: float | None
-    target_curves: Sequence[str]
-    """Metrics on which it was reached, or would have been."""
+    target_curve: str
+    """Metric on which it was reached, or would have been."""
     measures: Mapping[str, measures.Measure]
     """Those that any run has, in the order of tables."""
     runs: Sequence[RunResult]
@@ -99,29 +101,35 @@ def collect(
     """
     notes: list[str] = []
     results = [_read(job, out, failures.get(job.folder), notes) for job in jobs]
-    read = [result for result in results if result.run is not None]
-    for result in read:
-        assert result.run is not None
-        result.values.update(measures.evaluations(result.run))
-        result.values.update(measures.costs(result.run))
+    read = [(result, result.run) for result in results if result.run is not None]
+    on = measures.target_curve([run for _, run in read if run.rows])
+    for result, run in read:
+        result.values.update(measures.evaluations(run))
+        result.values.update(measures.costs(run))
         if target is not None:
-            result.values.update(measures.reach(result.run, target))
+            result.values.update(measures.reach(run, on, target))
+    few = sum(bool(run.rows) and not measures.judged(run, on) for _, run in read)
+    if target is not None and few:
+        notes.append(
+            f"fewer than {measures.WINDOW} values of {on} logged in {few} of {len(read)} runs: "
+            "whether these reach the target is not said"
+        )
     for name in measures.CURVES:
-        heights = measures.areas([measures.curve(r.run, name) for r in read if r.run is not None])
-        for result, height in zip(read, heights, strict=True):
+        heights = measures.areas([measures.curve(run, name) for _, run in read])
+        for (result, _), height in zip(read, heights, strict=True):
             if height is not None:
                 result.values[f"area/{name}"] = height
-    known = measures.known_measures(measures.splits([result.values for result in read]))
-    named = {n: m for n, m in known.items() if any(n in result.values for result in read)}
+    known = measures.known_measures(measures.splits([result.values for result, _ in read]))
+    named = {n: m for n, m in known.items() if any(n in result.values for result, _ in read)}
     seeds = list(dict.fromkeys(job.seed for job in jobs))
-    table = _Table(results, list(named), seeds, target)
+    table = _Table(results, list(named), seeds, None if target is None else on)
     one_each = [(variant.label, [variant]) for variant in variants]
     return Comparison(
         out=out,
         factors=factors,
         seeds=seeds,
         target=target,
-        target_curves=sorted({measures.target_curve(r.run) for r in read if r.run is not None}),
+        target_curve=on,
         measures=named,
         runs=results,
         variants=table.compare(one_each),
@@ -131,7 +139,7 @@ def collect(
 
 
 def _read(job: Job, out: Path, failure: str | None, notes: list[str]) -> RunResult:
-    """A finished run's folder; what it lacks is noted."""
+    """A finished run's folder; what it lacks is noted. If it lacks rows, it has none: curves would be too short."""
     if job.state != "finished":
         if failure is None and job.log.exists():
             failure = f"did not finish: {last_line(job.log)}"
@@ -142,6 +150,11 @@ def _read(job: Job, out: Path, failure: str | None, notes: list[str]) -> RunResu
     except ReportError as error:
         return RunResult(job=job, run=None, why=without_paths(str(error), out))
     notes.extend(run.warnings)
+    if not measures.has_all_rows(run):
+        notes.append(
+            f"{run.label}/metrics.jsonl lacks rows: the run is in no curve, and no cost that rows hold"
+        )
+        run = replace(run, rows=())
     return RunResult(job=job, run=run, why="")
 
 
@@ -158,10 +171,11 @@ class _Table:
     """Values by variant, seed and measure."""
 
     def __init__(
-        self, results: Sequence[RunResult], names: list[str], seeds: list[int], target: float | None
+        self, results: Sequence[RunResult], names: list[str], seeds: list[int], on: str | None
     ) -> None:
+        """`on` is the metric on which a target is reached; None without one."""
         self._found = {(r.job.variant.label, r.job.seed): r for r in results}
-        self._names, self._seeds, self._target = names, seeds, target
+        self._names, self._seeds, self._on = names, seeds, on
 
     def _scores(self, variants: Sequence[Variant], name: str) -> Array:
         """(variants, seeds) of a measure; NaN where there is none."""
@@ -194,17 +208,22 @@ class _Table:
                     finished=sum(result.run is not None for result in runs),
                     estimates=estimates,
                     differences=differences,
-                    **self._reached([result for result in runs if result.run is not None]),
+                    **self._reached(runs),
                 )
             )
         return found
 
     def _reached(self, runs: Sequence[RunResult]) -> dict[str, Any]:
-        if self._target is None or not runs:
+        steps = [
+            result.values.get("target/steps", math.inf)
+            for result in runs
+            if self._on and result.run is not None and measures.judged(result.run, self._on)
+        ]
+        if not steps:
             return {}
-        steps = [run.values.get("target/steps", math.inf) for run in runs]
         middle = float(np.median(steps))
         return {
+            "judged": len(steps),
             "reached": sum(map(math.isfinite, steps)),
             "median_steps": middle if math.isfinite(middle) else None,
         }

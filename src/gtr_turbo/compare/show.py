@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from gtr_turbo.compare.measures import COSTS, CURVES, OVER_RUN, Measure
 from gtr_turbo.compare.results import Comparison, VariantResult
-from gtr_turbo.compare.statistics import Difference, Estimate
+from gtr_turbo.compare.statistics import TIE, Difference, Estimate
 
 if TYPE_CHECKING:
     from gtr_turbo.compare import Plan
@@ -50,7 +51,7 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
         _table(console, f"success in the evaluations{where}", comparison, shown)
     _table(console, f"curves{OVER_RUN}", comparison, [n for n in names if n.startswith("area/")])
     if comparison.target is not None:
-        _target(console, comparison)
+        _target(console, comparison, comparison.target)
     _table(console, "cost", comparison, [name for name in names if name in COSTS])
     for key, results in comparison.effects.items():
         main = [n for n in names if n.startswith("after/")][:2]
@@ -128,12 +129,15 @@ def _runs(result: VariantResult, names: Sequence[str]) -> str:
 
 
 def name_of_best(results: Sequence[VariantResult], name: str, measure: Measure) -> str | None:
-    """Label of the variant with the best mean; None if all means are alike, or neither end is better."""
+    """Label of the variant with the best mean; None if it is alone or shares it, or neither end is better."""
     means = {r.label: r.estimates[name].mean for r in results if name in r.estimates}
-    if measure.better is None or len(set(means.values())) < 2:
+    if measure.better is None or len(means) < 2:
         return None
-    pick = max if measure.better == "higher" else min
-    return pick(means, key=lambda label: means[label])
+    best = (max if measure.better == "higher" else min)(means.values())
+    first, *others = [
+        label for label, mean in means.items() if math.isclose(mean, best, rel_tol=TIE, abs_tol=TIE)
+    ]
+    return None if others else first
 
 
 def _cell(result: VariantResult, name: str, measure: Measure, best: str | None) -> Text:
@@ -144,11 +148,13 @@ def _cell(result: VariantResult, name: str, measure: Measure, best: str | None) 
     text = Text(f"{'* ' if first else ''}{amount(number.mean, measure.unit)}", style="bold")
     text.append(f"\n{_interval(number, measure)}", style="not bold")
     gap = result.differences.get(name)
-    if gap is not None and gap.above == gap.below == 0:
-        text.append("\nthe same", style="cyan not bold")
-    elif gap is not None:
-        text.append(f"\n{change(gap.mean, measure.unit)}", style="cyan not bold")
-        text.append(f"\n{_interval(gap, measure)}", style="cyan not bold")
+    if gap is not None:
+        same = gap.above == gap.below == 0
+        text.append(f"\n{'the same' if same else change(gap.mean, measure.unit)}", "cyan not bold")
+        if gap.pairs < number.runs:
+            text.append(f", {gap.pairs} pair{'s' * (gap.pairs > 1)}", "cyan not bold")
+        if not same:
+            text.append(f"\n{_interval(gap, measure)}", "cyan not bold")
     return text
 
 
@@ -171,7 +177,7 @@ def _ends(number: Estimate | Difference, measure: Measure) -> tuple[float, float
 def amount(value: float, unit: str, *, short: bool = False) -> str:
     """A number with its unit; `short` for the ends of an interval."""
     if unit == "fraction":
-        return f"{100 * value:.1f}" + ("" if short else " %")
+        return f"{100 * value:z.1f}" + ("" if short else " %")
     if unit == "dollars":
         return f"{value:.2f}" + ("" if short else " $")
     digits = 1 if abs(value) < 100 else 0
@@ -179,13 +185,14 @@ def amount(value: float, unit: str, *, short: bool = False) -> str:
 
 
 def change(value: float, unit: str, *, short: bool = False) -> str:
-    """A difference with its sign; of fractions in percentage points."""
+    """A difference with its sign, if it does not round to 0; of fractions in percentage points."""
     text = amount(abs(value), unit, short=short).replace(" %", "")
-    return f"{'-' if value < 0 else '+'}{text}"
+    sign = "-" if value < 0 else "+"
+    return f"{sign if any(char in '123456789' for char in text) else ''}{text}"
 
 
-def _target(console: Console, comparison: Comparison) -> None:
-    title = f"reaching {comparison.target:.0%} ({_target_on(comparison)})"
+def _target(console: Console, comparison: Comparison, target: float) -> None:
+    title = f"reaching {amount(target, 'fraction')} ({_target_on(comparison)})"
     table = _new(title, [result.label for result in comparison.variants])
     table.add_column("seeds that reached it", justify="right")
     table.add_column("steps, median", justify="right")
@@ -196,12 +203,13 @@ def _target(console: Console, comparison: Comparison) -> None:
 
 
 def _target_on(comparison: Comparison) -> str:
-    return " or ".join(CURVES[name] for name in comparison.target_curves) or "no run yet"
+    judged = any(result.judged for result in comparison.variants)
+    return CURVES[comparison.target_curve] if judged else "no run to judge"
 
 
 def _reached(results: Sequence[VariantResult]) -> list[dict[str, Any]]:
     return [
-        {"label": r.label, "reached": r.reached, "seeds": r.finished, "steps": r.median_steps}
+        {"label": r.label, "reached": r.reached, "seeds": r.judged, "steps": r.median_steps}
         for r in results
         if r.reached is not None
     ]

@@ -20,7 +20,7 @@ class Episode:
     number: int
     turns: tuple[StoredTurn, ...]
     complete: bool
-    """False if a turn is missing between the first and the last."""
+    """False if a turn is missing before the last, or the last of an episode that was followed by another."""
 
     @property
     def outcome(self) -> str:
@@ -42,16 +42,21 @@ def join(turns: Sequence[StoredTurn], run: int = 0) -> tuple[list[Episode], int]
         steps = found.setdefault((turn.env, turn.episode), {})
         twice += turn.step in steps
         steps[turn.step] = turn
+    newest: dict[int, int] = {}
+    for env, number in found:
+        newest[env] = max(number, newest.get(env, 0))
     episodes = []
     for (env, number), steps in found.items():
         order = sorted(steps)
+        last = steps[order[-1]]
+        ended = last.terminated or last.truncated or number == newest[env]
         episodes.append(
             Episode(
                 run=run,
                 env=env,
                 number=number,
                 turns=tuple(steps[step] for step in order),
-                complete=order == list(range(len(order))),
+                complete=ended and order == list(range(len(order))),
             )
         )
     episodes.sort(key=lambda e: (e.turns[0].update, e.env, e.number))

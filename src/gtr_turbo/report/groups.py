@@ -15,7 +15,7 @@ Groups = Sequence[tuple[str, Sequence[int]]]
 """Runs that are one line with a band: (label, numbers of its runs)."""
 
 MOST_NAMED = 3
-"""Settings that a label names, where the recipe's name alone does not tell two groups apart."""
+"""Settings that a label names, where the recipe's name alone does not tell groups apart; more if these do not."""
 
 
 def named_groups(runs: Sequence[Run]) -> Groups:
@@ -51,7 +51,7 @@ def group_labels(runs: Sequence[Run], groups: Sequence[Sequence[int]]) -> list[s
 
 
 def _apart(run: Run, others: Sequence[Run]) -> str:
-    """The settings of `run` that are not the same in all of `others`."""
+    """The settings of `run` that are not the same in all of `others`: the first, as many as tell all apart."""
     tables = [flatten(other.config) for other in others]
     own = flatten(run.config)
     names = [
@@ -59,8 +59,17 @@ def _apart(run: Run, others: Sequence[Run]) -> str:
         for name in dict.fromkeys(name for table in tables for name in table)
         if name not in OF_A_RUN and len({table.get(name) for table in tables}) > 1
     ]
-    listed = [f"{name} {own.get(name, 'not set')}" for name in names[:MOST_NAMED]]
-    return ", ".join(listed + ["..."] * (len(names) > MOST_NAMED))
+    count = MOST_NAMED
+    while count < len(names) and len({_values(table, names[:count]) for table in tables}) < len(
+        tables
+    ):
+        count += 1
+    listed = [f"{name} {own.get(name, 'not set')}" for name in names[:count]]
+    return ", ".join(listed + ["..."] * (len(names) > count))
+
+
+def _values(table: Mapping[str, str], names: Sequence[str]) -> tuple[str | None, ...]:
+    return tuple(table.get(name) for name in names)
 
 
 def flatten(group: Mapping[Any, Any], above: str = "") -> dict[str, str]:

@@ -93,7 +93,7 @@ def results(runs: Sequence[Run], groups: Groups | None = None) -> list[dict[str,
     """Rows of the table of results: means of recipes with several seeds, then one for each run and split."""
     means: list[dict[str, Any]] = []
     rows = [row for number, run in enumerate(runs) for row in _results(number, run)]
-    for label, members in named_groups(runs) if groups is None else groups:
+    for group, (label, members) in enumerate(named_groups(runs) if groups is None else groups):
         if len(members) < 2:
             continue
         own = [row for row in rows if row.get("run") in members]
@@ -102,7 +102,8 @@ def results(runs: Sequence[Run], groups: Groups | None = None) -> list[dict[str,
             stages = [_over_seeds([row["stages"][i] for row in same]) for i in range(len(STAGES))]
             if any(stages):
                 text = f"{label}, mean of {len(same)} seeds"
-                means.append({"run": None, "label": text, "split": split, "stages": stages})
+                place = {"run": None, "group": group, "label": text}
+                means.append(place | {"split": split, "stages": stages})
     return means + rows
 
 

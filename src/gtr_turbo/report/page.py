@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +30,9 @@ RESERVE = 200
 HERE = Path(__file__).parent
 SCRIPTS = ("base", "overview", "plot", "curves", "compare", "episodes", "turn", "tokens", "main")
 """The page's script, in the order of its parts (`js/*.js`)."""
+
+MOST_NAMED = 10
+"""Runs without trajectories that are named."""
 
 AT_ONCE = 32
 """Episodes whose frames are read together."""
@@ -84,6 +88,8 @@ def write_report(
     warnings = [warning for run in found for warning in run.warnings]
     joined = _join(found, warnings)
     stored = sum(map(len, joined))
+    if stored and episodes != 0:
+        warnings += _without_turns(found)
     data: dict[str, Any] = {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": __version__,
@@ -132,6 +138,17 @@ def _join(runs: Sequence[Run], warnings: list[str]) -> list[list[Episode]]:
         if broken:
             warnings.append(f"{run.label}: {broken} episodes lack turns; they are marked")
     return joined
+
+
+def _without_turns(runs: Sequence[Run]) -> list[str]:
+    """What the replay lacks: a line, if there are runs that should have stored turns and have none."""
+    without = [
+        run.label for run in runs if not run.turns and run.group("save").get("trajectories") != 0
+    ]
+    if not without:
+        return []
+    more = f" and {len(without) - MOST_NAMED} more" if len(without) > MOST_NAMED else ""
+    return [f"no trajectories are there of {', '.join(without[:MOST_NAMED])}{more}"]
 
 
 def _why_empty(runs: Sequence[Run], stored: int, limit: int | None) -> str:
@@ -233,9 +250,9 @@ def _source_hash(text: str) -> str:
 
 
 def write_whole(out: Path, content: bytes) -> None:
-    """Write so that a reader never meets half a file."""
+    """Write so that a reader never meets half a file, and two writers do not meet."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f"{out.name}.part")
+    part = out.with_name(f"{out.name}.{secrets.token_hex(4)}.part")
     try:
         part.write_bytes(content)
         os.replace(part, out)

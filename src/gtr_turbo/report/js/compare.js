@@ -7,7 +7,11 @@ const UNITS = {
   dollars: { text: (value) => `$${value.toFixed(2)}`, gap: (value) => `${signed(value, 2)} $` },
 };
 
-const signed = (value, digits) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
+/** A difference with its sign, if it does not round to 0. */
+function signed(value, digits) {
+  const text = Math.abs(value).toFixed(digits);
+  return Number(text) === 0 ? text : `${value < 0 ? "−" : "+"}${text}`;
+}
 
 function showComparison() {
   const made = data.comparison;

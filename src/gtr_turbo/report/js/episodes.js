@@ -34,8 +34,10 @@ function haystack(episode) {
   return episode.text;
 }
 
+const ofRun = (episode) => filters.run === "all" || episode.run === Number(filters.run);
+
 function passes(episode) {
-  return (filters.run === "all" || episode.run === Number(filters.run))
+  return ofRun(episode)
     && (filters.outcome === "all" || episode.outcome === filters.outcome)
     && (!filters.invalid || episode.invalid > 0)
     && (filters.from === null || episode.last >= filters.from)
@@ -115,7 +117,8 @@ function drawRows() {
   const end = Math.min(replay.shown.length, Math.ceil((replay.list.scrollTop + replay.list.clientHeight) / ROW) + 3);
   const rows = [];
   for (let i = first; i < end; i++) rows.push(episodeRow(replay.shown[i], i));
-  if (!replay.shown.length) rows.push(el("p", { class: "muted none" }, "No episode matches. Change the filters, or reset them."));
+  if (!replay.shown.length) rows.push(el("p", { class: "muted none" }, data.episodes.some(ofRun)
+    ? "No episode matches. Change the filters, or reset them." : "This file holds no episode of this run."));
   replay.inner.replaceChildren(...rows);
   const at = replay.shown.indexOf(replay.episode);
   if (at >= first && at < end) replay.list.setAttribute("aria-activedescendant", `row-${at}`);

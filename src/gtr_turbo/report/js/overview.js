@@ -43,7 +43,7 @@ function resultsTable() {
     numeric("Steps"), numeric("Time"), numeric("Memory"))));
   let body = null;
   rows.forEach((row, i) => {
-    const same = (other) => other && other.run === row.run && other.label === row.label;
+    const same = (other) => other && other.run === row.run && other.group === row.group;
     const first = !same(rows[i - 1]);
     const span = rows.filter(same).length;
     if (first) {

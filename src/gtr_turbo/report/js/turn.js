@@ -112,10 +112,10 @@ function numbers(turn) {
 }
 
 function notes(episode) {
-  const texts = [];
-  if (!episode.complete) texts.push("Turns of this episode are missing from the stored files.");
-  if (episode.outcome === "unfinished") texts.push("The end of this episode was not stored: the run ended first.");
-  return texts.map((text) => el("p", { class: "notice" }, text));
+  let text = null;
+  if (!episode.complete) text = "Turns of this episode are missing from the stored files.";
+  else if (episode.outcome === "unfinished") text = "The end of this episode was not stored: the run ended first.";
+  return text ? [el("p", { class: "notice" }, text)] : [];
 }
 
 const block = (title, content, extra = {}) => el("section", { class: "block", ...extra }, el("h4", {}, title), content);
