@@ -13,12 +13,13 @@ import yaml
 from PIL import Image
 from transformers import BatchFeature
 
-from gtr_turbo.card import model_card, write_cards
+from gtr_turbo.card import model_card, without_paths, write_cards
 from gtr_turbo.cli import main
 from gtr_turbo.config import EnvConfig, ModelConfig, TrainConfig
 from gtr_turbo.envs import make_env
 from gtr_turbo.policy.processing import Processor
 from gtr_turbo.policy.starter import model_folder
+from gtr_turbo.teaching_config import ExternalConfig, GuidanceConfig
 from tiny import make_policy
 
 HUB = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -111,6 +112,18 @@ def test_no_folder_of_this_machine_is_published():
     )
     assert "/home/me" not in text
     assert "path: mine" in text
+
+
+@pytest.mark.parametrize("value", ["/", "//", "/no_think", "a/b", "", 3])
+def test_an_option_that_is_no_path_in_a_folder_stays(value):
+    assert without_paths({"option": [value]}) == {"option": [value]}
+
+
+def test_data_of_an_external_corrector_is_told():
+    external = GuidanceConfig(kind="external", external=ExternalConfig(model="gpt-4o"))
+    told = " ".join(card(settings=settings(guidance=external)).replace("\\", "").split())
+    assert "split none, and thoughts corrected by gpt-4o; no other data was used" in told
+    assert "split none; no other data was used" in " ".join(card().split())
 
 
 class Stock:

@@ -177,14 +177,29 @@ def test_of_weights_without_a_run_the_recipe_beside_them_goes_along(adapter, tmp
     assert (tmp_path / "out" / "recipe.yaml").read_text() == "env: {id: NumberLine}\n"
 
 
-def test_an_exported_recipe_names_no_folder_of_this_machine(full_run, tmp_path):
+def test_an_exported_folder_names_no_folder_of_this_machine(capsys, full_run, adapter, tmp_path):
     moved, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(full_run, moved)
     settings = yaml.safe_load((moved / "config.yaml").read_text())
-    settings["env"]["options"]["games"] = "/home/me/games"
+    settings["env"]["options"] |= {"games": "/home/me/games", "stop": "/"}
     (moved / "config.yaml").write_text(yaml.safe_dump(settings))
     assert main(["export", str(moved), "--out", str(out)]) == 0
-    assert yaml.safe_load((out / "recipe.yaml").read_text())["env"]["options"]["games"] == "games"
+    options = yaml.safe_load((out / "recipe.yaml").read_text())["env"]["options"]
+    assert (options["games"], options["stop"]) == ("games", "/")
+    (note,) = capsys.readouterr().err.splitlines()
+    assert "recipe.yaml holds the last part only" in note
+    assert f"gtr-turbo eval {out} --option games=PATH" in note
+    assert main(["export", str(adapter), "--out", str(tmp_path / "full")]) == 0
+    for folder in (out, tmp_path / "full"):
+        made = json.loads((folder / "merged-from.json").read_text())
+        assert all("/" not in given["path"] for given in made["checkpoints"])
+        assert all(str(tmp_path.parent) not in file.read_text() for file in text_files(folder))
+    assert made["checkpoints"][0]["path"] == "mine"
+    assert "/" not in made["base"]["path"]
+
+
+def text_files(folder):
+    return [file for file in folder.iterdir() if file.suffix in (".json", ".md", ".yaml")]
 
 
 def fails(capsys, arguments, *parts):

@@ -77,7 +77,9 @@ intervals.
 
 ## Data
 
-The agent's own episodes in the environment {{ settings.env.id }} (options below), split {{ train_split }}; no other
+The agent's own episodes in the environment {{ settings.env.id }} (options below), split {{ train_split }}
+{%- if settings.guidance.kind == "external" %}, and
+thoughts corrected by {{ settings.guidance.external.model }}{% endif %}; no other
 data was used in this stage.
 {% endif %}
 
@@ -134,12 +136,15 @@ def fenced(text: str, language: str) -> Markup:
 
 
 def without_paths(value: Any) -> Any:
-    """Settings as they may be published: an absolute path is cut to its last part."""
+    """Settings as they may be published: an absolute path is cut to its last part.
+
+    `/` and `/name` tell nothing of a machine, and need not be paths: they stay.
+    """
     if isinstance(value, Mapping):
         return {key: without_paths(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_paths(entry) for entry in value]
-    if isinstance(value, str) and Path(value).is_absolute():
+    if isinstance(value, str) and Path(value).is_absolute() and len(Path(value).parts) > 2:
         return Path(value).name
     return value
 

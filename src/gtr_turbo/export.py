@@ -7,6 +7,7 @@ tensor in bounded memory. Full weights are read, checked and written by the same
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from gtr_turbo.card import model_card, without_paths
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.merging import Report, merge
 from gtr_turbo.merging.lora import is_adapter
+from gtr_turbo.merging.manifest import MANIFEST
 from gtr_turbo.policy.starter import is_hub_name, model_folder
 from gtr_turbo.settings import read_config
 
@@ -131,7 +133,8 @@ def export(
 ) -> Report:
     """Write full weights, sharded, with config, tokenizer, processor, chat template and model card.
 
-    Of a run, its environment and sampling go along too, as `recipe.yaml`, which `eval` and `play` read.
+    Of a run, its environment and sampling go along too, as `recipe.yaml`, which `eval` and `play` read. No file
+    names a folder of this machine; a note on stderr names the options of the environment that lost one.
 
     Args:
         path: a run, an adapter, or a model folder.
@@ -169,6 +172,9 @@ def export(
         shard_bytes=shard_bytes,
         progress=progress,
     )
+    for given in filter(None, (*report.manifest["checkpoints"], report.manifest["base"])):
+        given["path"] = Path(given["path"]).resolve().name
+    checkpoint.write_atomically(out / MANIFEST, json.dumps(report.manifest, indent=1) + "\n")
     text = model_card(
         base=source.base or name or "not known",
         which=source.which,
@@ -179,6 +185,13 @@ def export(
     checkpoint.write_atomically(out / "README.md", text)
     if source.settings is not None:
         checkpoint.write_atomically(out / "recipe.yaml", _recipe(source.settings))
+        for name, value in source.settings["env"].get("options", {}).items():
+            if without_paths(value) != value:
+                print(
+                    f"note: of the environment's option {name}, a path, recipe.yaml holds the last part only; give "
+                    f"it again: gtr-turbo eval {out} --option {name}=PATH",
+                    file=sys.stderr,
+                )
     elif (source.weights / "recipe.yaml").is_file():  # of an adapter that `sft` made
         found = (source.weights / "recipe.yaml").read_text(encoding="utf-8")
         checkpoint.write_atomically(out / "recipe.yaml", found)

@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -128,6 +129,11 @@ def refused(paths, out, *parts, **options):
         assert str(part) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert snapshot(out.parent) == before
+
+
+def bounded(form):
+    """No bound on the loss, of the forms that can lose something."""
+    return {"max_lost": 1} if form in ("adapter", "cat") else {}
 
 
 @pytest.fixture(scope="module")
@@ -437,7 +443,7 @@ def test_an_adapter_needs_no_base_and_keeps_its_config(base, three, tmp_path):
 def test_an_adapter_is_one_file_as_peft_expects(base, three, tmp_path, form):
     paths, _ = three
     options = {"method": "linear"} if form == "cat" else {}
-    merge(paths, tmp_path / "out", form=form, max_lost=1, shard_bytes=1000, **options)
+    merge(paths, tmp_path / "out", form=form, shard_bytes=1000, **options, **bounded(form))
     assert [file.name for file in (tmp_path / "out").glob("*.safetensors*")] == [
         "adapter_model.safetensors"
     ]
@@ -463,7 +469,7 @@ def test_adapters_of_16_bits_are_read_and_written(base, three, tmp_path, dtype):
         widened = {name: tensor.float() for name, tensor in rounded.items()}
         wide.append(adapter_of(tmp_path / f"wide-{path.name}", widened, path))
     for form, method in (("dense", "ties"), ("adapter", "ties"), ("cat", "linear")):
-        options = {"form": form, "method": method, "base": base, "max_lost": 1}
+        options = {"form": form, "method": method, "base": base} | bounded(form)
         merge(halved, tmp_path / f"{form}-half", **options)
         merge(wide, tmp_path / f"{form}-wide", **options)
         assert_same(load(tmp_path / f"{form}-half"), load(tmp_path / f"{form}-wide"))
@@ -599,18 +605,16 @@ def test_threads_and_engine_change_no_bit_of_adapters(base, three, tmp_path, for
     outs = []
     for engine, threads in (("numba", 1), ("numba", 2), ("numba", 4), ("numpy", 1)):
         outs.append(tmp_path / f"{engine}-{threads}")
-        options = {"engine": engine, "threads": threads, "max_lost": 1}
+        options = {"engine": engine, "threads": threads} | bounded(form)
         merge(paths, outs[-1], base=base, form=form, method=method, **options)
     for out in outs[1:]:
         assert weight_bytes(out) == weight_bytes(outs[0])
 
 
 def test_thresholds_are_kept_of_full_checkpoints_only(base, three, tmp_path):
-    paths, _ = three
-    before = snapshot(*paths)
-    merge(paths, tmp_path / "dense", base=base, keep_thresholds=True)
-    merge(paths, tmp_path / "adapter", form="adapter", max_lost=1, keep_thresholds=True)
-    assert snapshot(*paths) == before
+    for form in ("dense", "adapter"):
+        options = {"base": base, "form": form, "keep_thresholds": True}
+        refused(three[0], tmp_path / "out", "ties of full models only", **options)
 
 
 def test_the_manifest_names_the_adapters(base, three, tmp_path):
@@ -633,6 +637,44 @@ def test_the_plan_reads_each_input_once(tmp_path, form, dtype):
     plan = merge(paths, tmp_path / "out", base=origin, form=form, dry_run=True).plan
     factors = 2 * (2 * 6 + 5 * 2) * dtype.itemsize
     assert plan.read_bytes == factors + (4 * (30 + 3) if form == "dense" else 0)
+
+
+def peak(paths, out, **options):
+    """(bytes that the merge has allocated at once, the bound of its plan)."""
+    tracemalloc.start()
+    try:
+        report = merge(paths, out, threads=1, **options)
+        return tracemalloc.get_traced_memory()[1], report.plan.memory_bytes
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("form", "size", "rank", "count"), [("dense", 1500, 384, 8), ("adapter", 4500, 8, 2)]
+)
+def test_a_merge_of_large_layers_stays_below_the_bound_of_its_plan(
+    tmp_path, form, size, rank, count
+):
+    for name, side in (("tiny", 8), ("large", size)):  # the first loads the compiled code
+        pair = noise(0, (rank, side), (side, rank))
+        paths = [handmade(tmp_path / name / str(k), {"layer": pair}) for k in range(count)]
+        options = {"form": form} | bounded(form)
+        if form == "dense":
+            weight = {"layer.weight": torch.ones(side, side)}
+            options["base"] = save(tmp_path / f"base-{name}", weight)
+        most, bound = peak(paths, tmp_path / f"out-{name}", **options)
+    assert most <= bound
+
+
+@pytest.mark.parametrize(("form", "method"), [("adapter", "ties"), ("cat", "linear")])
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path, form, method):
+    most = {}
+    for layers in (1, 2, 40):
+        pairs = {f"layers.{k}": noise(k, (8, 16), (2000, 8)) for k in range(layers)}
+        paths = [handmade(tmp_path / f"{layers}-{k}", pairs) for k in range(2)]
+        options = {"form": form, "method": method, "max_lost": 1}
+        most[layers], _ = peak(paths, tmp_path / f"out-{layers}", **options)
+    assert most[40] < most[2] + (1 << 20)  # the factors of 40 layers have 10 MiB
 
 
 # -- adapters that cannot be merged --------------------------------------------------------------
@@ -743,6 +785,14 @@ def test_an_adapter_without_its_folder_is_refused(three, tmp_path):
     refused(files, tmp_path / "out", files[0], "lora_A", "folders", method="linear")
 
 
+def test_adapters_as_a_run_resumes_from_them_are_refused(tmp_path):
+    """Named as in memory, with the adapter's name."""
+    a, b = noise(0, (2, 6), (5, 2))
+    tensors = {f"{PREFIX}x.lora_A.default.weight": a, f"{PREFIX}x.lora_B.default.weight": b}
+    files = [save(tmp_path / f"{k}.safetensors", tensors) for k in range(2)]
+    refused(files, tmp_path / "out", files[0], "lora_A.default", "folders", method="linear")
+
+
 def test_adapters_of_different_modules_are_refused(base, three, tmp_path):
     paths, _ = three
     train(base, tmp_path / "fewer", 5, target_modules=["q_proj", "k_proj"])
@@ -795,7 +845,7 @@ def test_a_factor_that_is_not_finite_is_named(tmp_path, form, method, rank, side
     pairs[1][side][1, 1] = value
     paths = [handmade(tmp_path / str(k), {"deep.layer": pair}) for k, pair in enumerate(pairs)]
     origin = save(tmp_path / "base", {"deep.layer.weight": torch.ones(5, 6)})
-    options = {"form": form, "method": method, "base": origin, "max_lost": 1, "rank": rank}
+    options = {"form": form, "method": method, "base": origin, "rank": rank} | bounded(form)
     refused(paths, tmp_path / "out", "'deep.layer'", "not finite", paths[1], **options)
 
 
@@ -825,6 +875,11 @@ def test_a_form_that_cannot_be_made_is_refused(three, tmp_path, options, parts):
 
 def test_dense_takes_no_rank(base, three, tmp_path):
     refused(three[0], tmp_path / "out", "rank 4", "no rank", base=base, rank=4)
+
+
+@pytest.mark.parametrize("form", ["dense", "factors"])
+def test_what_loses_nothing_takes_no_bound_on_the_loss(base, three, tmp_path, form):
+    refused(three[0], tmp_path / "out", "no max_lost", base=base, form=form, max_lost=0.5)
 
 
 def test_factors_of_different_ranks_are_refused(base, three, tmp_path):
@@ -872,11 +927,22 @@ def layer_of(path, module, seed=0):
         ("model.language.layers.1.q_proj", ["model.layers.0.q_proj", "model.layers.1.q_proj"], 1),
         ("layers.1.q_proj", ["model.text.layers.1.q_proj", "model.text.layers.11.q_proj"], 0),
         ("model.layers.1.q_proj", ["visual.layers.1.q_proj", "model.layers.1.q_proj"], 1),
+        ("text.layers.1.q_proj", ["visual.layers.1.q_proj", "model.layers.1.q_proj"], 1),
+        (
+            "model.language_model.layers.1.q_proj",
+            ["vision_tower.encoder.layers.1.q_proj", "language_model.model.layers.1.q_proj"],
+            1,
+        ),
+        (
+            "model.vision_tower.layers.1.q_proj",
+            ["vision_tower.encoder.layers.1.q_proj", "language_model.model.layers.1.q_proj"],
+            0,
+        ),
         # not one that clearly is the weight
         ("model.layers.2.q_proj", ["model.layers.0.q_proj", "model.layers.1.q_proj"], None),
         ("model.layers.1.q_proj", ["model.layers.0.q_proj"], None),
         ("model.layers.1.q_proj", ["model.layers.11.q_proj"], None),
-        ("text.layers.1.q_proj", ["visual.layers.1.q_proj", "model.layers.1.q_proj"], None),
+        ("text.layers.1.q_proj", ["model.a.layers.1.q_proj", "model.b.layers.1.q_proj"], None),
         ("lm_head", ["model.embed_tokens"], None),
     ],
 )
@@ -884,7 +950,8 @@ def test_the_weight_of_a_module_is_found_by_its_name(tmp_path, module, names, wa
     paths = [layer_of(tmp_path / str(k), module, k) for k in range(2)]
     origin = save(tmp_path / "base", {f"{name}.weight": torch.ones(6, 6) for name in names})
     if wanted is None:
-        refused(paths, tmp_path / "out", repr(module), origin, base=origin)
+        several = [f"{name}.weight" for name in names if "model.b" in names[-1]]
+        refused(paths, tmp_path / "out", repr(module), origin, *several, base=origin)
         return
     merge(paths, tmp_path / "out", base=origin)
     moved = [name for name, tensor in load(tmp_path / "out").items() if (tensor != 1).any()]

@@ -452,8 +452,31 @@ def test_the_threshold_itself_is_no_tie_to_warn_of(tmp_path):
 def test_what_is_not_trimmed_has_no_warning(tmp_path):
     base = {"still": torch.zeros(1000)}
     origin, paths = written(tmp_path, base, [base, base])
-    assert len(merge(paths, tmp_path / "out", base=origin).warnings) == 1
+    (warning,) = merge(paths, tmp_path / "out", base=origin).warnings
+    assert warning.startswith("no checkpoint differs from the base in any of the 1 tensors")
     assert merge(paths, tmp_path / "all", base=origin, density=1.0).warnings == []
+
+
+def test_a_frozen_tensor_is_not_warned_of_and_hides_none_that_is(tmp_path):
+    base, checkpoints = walk(2, shapes={"x": (64, 64), "frozen": (64, 64)})
+    checkpoints = [{**checkpoint, "frozen": base["frozen"]} for checkpoint in checkpoints]
+    origin, paths = written(tmp_path / "fine", base, checkpoints)
+    assert merge(paths, tmp_path / "out", base=origin).warnings == []
+    for checkpoint in checkpoints:
+        checkpoint["x"][:32] = base["x"][:32]
+    origin, paths = written(tmp_path / "idle", base, checkpoints)
+    (warning,) = merge(paths, tmp_path / "out-2", base=origin).warnings
+    assert warning.startswith("in 1 of 1 tensors more changes are exactly zero")
+    assert "up to 50.0%, x" in warning
+
+
+def test_a_tensor_with_one_change_is_not_a_frozen_one(tmp_path):
+    base = {"x": torch.zeros(4_000_000)}
+    changed = {"x": base["x"].clone()}
+    changed["x"][7] = 1.0
+    origin, paths = written(tmp_path, base, [changed, changed])
+    (warning,) = merge(paths, tmp_path / "out", base=origin).warnings
+    assert "more changes are exactly zero" in warning
 
 
 def test_the_plan_is_what_is_done(tmp_path, three):
@@ -501,7 +524,6 @@ def test_thresholds_are_written_only_when_asked_for(tmp_path, three):
     origin, paths = three
     before = snapshot(origin, *paths)
     merge(paths, tmp_path / "one", base=origin)
-    merge(paths, tmp_path / "two", base=origin, method="linear", keep_thresholds=True)
     merge(paths, tmp_path / "three", base=origin, dry_run=True, keep_thresholds=True)
     assert snapshot(origin, *paths) == before
     merge(paths, tmp_path / "four", base=origin, keep_thresholds=True)
@@ -778,6 +800,11 @@ def test_a_merge_takes_two(tmp_path, three, count):
         ({"weights": "mean"}, ["'mean'", "sma, ema"]),
         ({"weights": "ema", "alpha": 0}, ["alpha 0"]),
         ({"weights": "ema", "alpha": 1.5}, ["alpha 1.5"]),
+        ({"alpha": 0.9}, ["alpha 0.9", "for weights ema"]),
+        ({"weights": [1, 2, 3], "alpha": 0.9}, ["alpha 0.9", "for weights ema"]),
+        ({"method": "linear", "keep_thresholds": True}, ["ties of full models only"]),
+        ({"method": "dare-ties", "keep_thresholds": True}, ["ties of full models only"]),
+        ({"max_lost": 0.5}, ["form dense has no max_lost"]),
         ({"lam": NAN}, ["lambda nan"]),
         ({"lam": INF}, ["lambda inf"]),
         ({"lam": 1e39}, ["lambda 1e+39"]),
@@ -816,6 +843,7 @@ def test_damaged_files_are_refused(tmp_path, three):
 def test_a_folder_in_use_is_not_overwritten(tmp_path, three):
     origin, paths = three
     refused(paths, paths[0], "exists already", base=origin)
+    refused(paths, paths[0], "exists already", base=origin, dry_run=True)
     refused(paths, origin / "model.safetensors", "exists already", base=origin)
 
 
@@ -848,7 +876,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, three, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "no space")
 
-    for call in ("posix_fallocate", "pwrite"):
+    for call in ("posix_fallocate", "pwrite", "fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(os, call, fail)
             with pytest.raises(OSError, match=r"no room|no space") as caught:

@@ -263,6 +263,15 @@ def test_two_files_without_an_index_are_refused(tmp_path):
     refused(folder, folder, "model.safetensors", "second.safetensors")
 
 
+def test_a_checkpoint_of_a_run_is_refused_with_the_folder_to_give(tmp_path):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "state.json").write_text("{}")
+    for name in ("trained", "optimizer"):
+        save_file({"x": torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(MergeError, match=f"give {tmp_path}/student"):
+        Checkpoint.open(tmp_path)
+
+
 def test_a_missing_shard_is_refused(tmp_path):
     folder = save_sharded(tmp_path / "model", tensors())
     (folder / "model-00002-of-00003.safetensors").unlink()
@@ -403,6 +412,24 @@ def test_a_full_disk_is_known_before_anything_is_computed(tmp_path, monkeypatch)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_disk_that_fails_at_the_end_is_told_and_no_file_stays_open(tmp_path, monkeypatch):
+    before = len(os.listdir("/proc/self/fd"))
+    writer = Writer.create(tmp_path, [(name, "F32", (10,)) for name in "abc"], shard_bytes=40)
+    calls = []
+
+    def sync(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "the disk failed")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(OSError, match="the disk failed"):
+        writer.close()
+    writer.close(sync=False)
+    assert len(calls) == 2
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 # -- the folder ------------------------------------------------------------------------------------
 
 
@@ -428,6 +455,20 @@ def test_nothing_is_left_when_the_block_fails(tmp_path, error, out):
     with pytest.raises(error):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_is_on_the_disk_before_the_folder_appears(tmp_path, monkeypatch):
+    out, synced = tmp_path / "out", []
+
+    def sync(descriptor):
+        synced.append((os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")), out.exists()))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with new_folder(out) as folder:
+        (folder / "config.json").write_text("{}")
+        (folder / "tokenizer.json").write_text("{}")
+    flushed = {name for name, appeared in synced if not appeared}
+    assert flushed == {"config.json", "tokenizer.json", folder.name}
 
 
 def test_an_empty_folder_is_taken_and_comes_back_when_the_block_fails(tmp_path):

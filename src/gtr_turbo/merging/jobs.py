@@ -1,4 +1,4 @@
-"""The jobs of a merge, one tensor of the output each; here those of full checkpoints."""
+"""The jobs of a merge, each of a tensor of the output or of a pair; here those of full checkpoints."""
 
 from __future__ import annotations
 
@@ -48,19 +48,21 @@ class Scratch(threading.local):
 
 @dataclass
 class Job:
-    """One tensor of the output."""
+    """Tensors of the output that are made together."""
 
-    name: str
+    shapes: dict[str, tuple[int, ...]]
+    """Of each tensor, by name."""
     dtype: str
-    shape: tuple[int, ...]
     run: Callable[[Context], dict[str, Any] | None]
-    """Writes the tensor; returns its lines of the manifest."""
+    """Writes them; returns the lines of the manifest that each of them has."""
     read_bytes: int
+    held_bytes: int = 0
+    """What it allocates beside chunks, at most."""
 
     @property
     def size(self) -> int:
         """Entries."""
-        return math.prod(self.shape)
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 @dataclass
@@ -112,9 +114,8 @@ def full_jobs(
                 f"{entry.file}: tensor {name!r} is {entry.dtype}; only {', '.join(ITEMSIZE)} can be merged"
             )
         yield Job(
-            name,
+            {name: entry.shape},
             dtype or entry.dtype,
-            entry.shape,
             _full_run(name, [(c, c.entries[name]) for c in checkpoints], used),
             sum(
                 c.entries[name].stop - c.entries[name].start
@@ -294,6 +295,7 @@ def describe(tally: Tally, size: int) -> dict[str, Any]:
     lines: dict[str, Any] = {"entries": size}
     if tally.counted:
         lines["zero_fraction"] = [round(int(zeros) / max(1, size), 6) for zeros in tally.zeros]
+        lines["unchanged"] = bool((tally.zeros == size).all())
     if tally.cuts:
         lines["threshold"] = [
             float(np.uint32(cut.magnitude).view(np.float32)) for cut in tally.cuts

@@ -26,7 +26,12 @@ from gtr_turbo.merging.methods import Recipe
 from gtr_turbo.merging.shards import Checkpoint, Entry, MergeError
 
 FACTOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
+HALF = re.compile(r"\.lora_[AB]\.")
+"""In any name of one factor; in memory, and in what a run resumes from, PEFT adds the adapter's name."""
 PLAIN_INIT = (True, False, "gaussian", "orthogonal", "eva")
+SKETCH = 16
+"""Columns of the randomised SVD's sketch beyond the rank."""
+VISION = ("visual", "vision_tower", "vision_model", "vision_encoder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +133,11 @@ def _modules(path: Path, config: dict[str, Any], weights: Checkpoint) -> dict[st
     return modules
 
 
+def is_vision(name: str) -> bool:
+    """Whether a parameter or module belongs to the vision tower."""
+    return any(part in VISION for part in name.split("."))
+
+
 def is_adapter(path: Path) -> bool:
     """True of a PEFT folder."""
     return (path / "adapter_config.json").is_file()
@@ -204,7 +214,8 @@ def base_name(module: str, base: Checkpoint) -> str:
     """The name in the base's files of a module's weight.
 
     Models in memory and in files are named alike up to a prefix (`model.language_model.layers.0` is
-    `model.layers.0` in some), so the longest ending that names exactly one tensor is taken.
+    `model.layers.0` in some), so the longest ending that names exactly one tensor is taken, or one of the vision
+    tower and one of the language model.
 
     Raises:
         MergeError: there is none, or more than one.
@@ -222,8 +233,14 @@ def base_name(module: str, base: Checkpoint) -> str:
         ]
         if len(found) == 1:
             return found[0]
-        if len(found) > 1:
-            break
+        alike = [name for name in found if is_vision(name) == is_vision(module)]
+        if len(alike) == 1:
+            return alike[0]
+        if found:
+            raise MergeError(
+                f"the base {base.path} has {len(found)} tensors that may be the weight of module {module!r}: "
+                f"{', '.join(found[:4])}; is it the model the adapters were trained on?"
+            )
     raise MergeError(
         f"the base {base.path} has no tensor that is clearly the weight of module {module!r}; is it the "
         "model the adapters were trained on?"
@@ -245,24 +262,25 @@ class Product:
         self._step = max(1, chunk // max(1, self._columns))
         self._kept: tuple[Numbers, Numbers] | None = None
 
-    def _block(self, rows: slice) -> Floats:
-        made = [
-            np.float32(scale) * (b[rows] @ a)
-            for scale, (a, b) in zip(self._scales, self._factors, strict=True)
-        ]
-        return np.stack(made).reshape(self.count, -1)
-
     def chunks(self) -> Iterator[tuple[Numbers, Numbers]]:
         """Blocks of whole rows; `base` is always empty, as the rows are changes already."""
-        nothing = np.empty(0, np.float32)
         if self._kept is not None:
             yield self._kept
             return
-        for at in range(0, self._rows, self._step):
-            block = self._block(slice(at, at + self._step)), nothing
-            if self._step >= self._rows:
-                self._kept = block
-            yield block
+        step = min(self._step, self._rows)
+        memory = np.empty(self.count * step * self._columns, np.float32)
+        for first in range(0, self._rows, max(1, step)):
+            count = min(step, self._rows - first)
+            block = memory[: self.count * count * self._columns].reshape(
+                self.count, count, self._columns
+            )
+            for change, scale, (a, b) in zip(block, self._scales, self._factors, strict=True):
+                np.matmul(b[first : first + count], a, out=change)
+                change *= np.float32(scale)
+            made = block.reshape(self.count, -1), np.empty(0, np.float32)
+            if count == self._rows:
+                self._kept = made
+            yield made
 
 
 def low_rank(
@@ -281,7 +299,7 @@ def low_rank(
         squared Frobenius norm that B @ A lacks.
     """
     out, into = change.shape
-    width = min(rank + 16, out, into)
+    width = min(rank + SKETCH, out, into)
     sketch = change @ rng.standard_normal((into, width), np.float32)
     for _ in range(passes):
         sketch = change @ np.linalg.qr(change.T @ np.linalg.qr(sketch)[0])[0]
@@ -292,7 +310,7 @@ def low_rank(
     a, b = np.zeros((rank, into), np.float32), np.zeros((out, rank), np.float32)
     a[:kept] = root[:, None] * right[:kept]
     b[:, :kept] = (basis @ left[:, :kept]) * root
-    energy = float(np.square(change, dtype=np.float64).sum())
+    energy = float(np.einsum("ij,ij", change, change, dtype=np.float64))  # makes no copy of it
     found = float(np.square(values[:kept], dtype=np.float64).sum())
     return a, b, max(0.0, 1 - found / energy) if energy else 0.0
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,17 +44,24 @@ def lora_jobs(
         size = rank or max(ranks) * (2 if form == "adapter" else 1)
     jobs = []
     for number, (name, module) in enumerate(modules.items()):
+        keys = {side: f"base_model.model.{name}.lora_{side}.weight" for side in "AB"}
+        shapes: dict[str, tuple[int, ...]] = {
+            "A": (size, module.shape[1]),
+            "B": (module.shape[0], size),
+        }
+        read = {
+            side: sum(getattr(a.modules[name], side.lower()).nbytes for a in adapters)
+            for side in keys
+        }
+        kind = dtype or "F32"
+        if form == "factors":
+            for side, key in keys.items():
+                run = _factor_run(key, adapters, name, side, recipe)
+                jobs.append(Job({key: shapes[side]}, kind, run, read[side]))
+            continue
         pair = _Pair(adapters, name, number, form, size, rank, max_lost, recipe, lam)
-        shapes = {"A": (size, module.shape[1]), "B": (module.shape[0], size)}
-        for side, shape in shapes.items():
-            key = f"base_model.model.{name}.lora_{side}.weight"
-            read = sum(getattr(a.modules[name], side.lower()).nbytes for a in adapters)
-            run = (
-                pair.job(side, key)
-                if form != "factors"
-                else _factor_run(key, adapters, name, side, recipe)
-            )
-            jobs.append(Job(key, dtype or "F32", shape, run, read))
+        both = {key: shapes[side] for side, key in keys.items()}
+        jobs.append(Job(both, kind, pair.run, sum(read.values()), pair.held_bytes()))
     return jobs, lora.merged_config(adapters, size)
 
 
@@ -94,7 +100,7 @@ def _dense_jobs(
             kind = entry.dtype
             if kind not in ITEMSIZE:
                 raise MergeError(f"{entry.file}: tensor {name!r} is {kind}, which is not handled")
-            yield Job(name, dtype or kind, entry.shape, _copy_run(base, entry), entry.nbytes)
+            yield Job({name: entry.shape}, dtype or kind, _copy_run(base, entry), entry.nbytes)
             continue
         shape = adapters[0].modules[module].shape
         if entry.shape != shape:
@@ -104,12 +110,17 @@ def _dense_jobs(
             )
         changed = [a.modules[module] for a in adapters]
         yield Job(
-            name,
+            {name: entry.shape},
             dtype or entry.dtype,
-            entry.shape,
             _dense_run(name, adapters, module, base, entry),
             entry.nbytes + sum(m.a.nbytes + m.b.nbytes for m in changed),
+            _factor_bytes(adapters, module),
         )
+
+
+def _factor_bytes(adapters: Sequence[lora.Adapter], module: str) -> int:
+    """Of all its A and B in float32."""
+    return sum(4 * (a.modules[module].a.size + a.modules[module].b.size) for a in adapters)
 
 
 def _copy_run(base: Checkpoint, entry: Entry) -> Callable[[Context], None]:
@@ -165,7 +176,7 @@ def _check_finite(tally: Tally, adapters: Sequence[lora.Adapter], module: str) -
 
 @dataclass
 class _Pair:
-    """Both factors of one module; they are made together and written apart."""
+    """Both factors of one module's merged change."""
 
     adapters: Sequence[lora.Adapter]
     module: str
@@ -176,65 +187,74 @@ class _Pair:
     max_lost: float
     recipe: Recipe
     lam: float
-    _made: dict[str, Floats] = field(default_factory=dict)
-    _lines: dict[str, Any] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def job(self, side: str, key: str) -> Callable[[Context], dict[str, Any]]:
-        def run(context: Context) -> dict[str, Any]:
-            with self._lock:
-                if not self._made:
-                    self._make(context)
-                factor = self._made.pop(side)
-                self._made[""] = factor[:0]  # made: not to be made again for the other side
-            if not put(context, key, 0, factor, factor.ravel()[:0], np.float32(1)):
-                raise self._too_large()
-            return self._lines
+    def held_bytes(self) -> int:
+        """What `run` allocates beside chunks, at most; numpy's QR and SVD work on float64 copies, measured."""
+        given = _factor_bytes(self.adapters, self.module)
+        out, into = self.adapters[0].modules[self.module].shape
+        made = 4 * self.size * (out + into)
+        if self.form == "cat":
+            return given + (2 if self.rank is None else 10) * max(given, made)
+        width = min(self.size + lora.SKETCH, out, into)
+        return given + made + 4 * out * into + 12 * 4 * width * (out + into)
 
-        return run
-
-    def _too_large(self) -> MergeError:
-        return MergeError(f"module {self.module!r}: the merged change does not fit float32")
-
-    def _make(self, context: Context) -> None:
+    def run(self, context: Context) -> dict[str, Any]:
+        """Make both and write them."""
         if context.stop.is_set():
             raise KeyboardInterrupt
-        if self.form == "cat":
-            weights = np.array(self.recipe.weights) * self.lam
-            if self.recipe.row.combine == "mean":
-                weights = weights / sum(self.recipe.weights)
-            scaled = [
-                float(w) * a.modules[self.module].scale
-                for w, a in zip(weights, self.adapters, strict=True)
-            ]
-            pairs = [adapter.factors(self.module) for adapter in self.adapters]
-            with np.errstate(over="ignore", invalid="ignore"):
-                try:
-                    a, b, lost = lora.concatenate(pairs, scaled, self.rank)
-                except np.linalg.LinAlgError:  # of what is not finite
-                    raise self._too_large() from None
-        else:
-            source = lora.Product(self.adapters, self.module, CHUNK)
-            merged = np.empty(source.size, np.float32)
-
-            def sink(at: int, base: Numbers, change: Floats) -> None:
-                with np.errstate(over="ignore"):
-                    merged[at : at + len(change)] = context.factor * change
-
-            tally = merge_chunks(
-                source, context.recipe, sink, kernels=context.kernels, seed=seed_of(self.module)
-            )
-            _check_finite(tally, self.adapters, self.module)
-            if not np.isfinite(merged).all():
-                raise self._too_large()
-            self._lines |= describe(tally, source.size)
-            rng = np.random.default_rng([self.recipe.seed, self.number])
-            shape = self.adapters[0].modules[self.module].shape
-            a, b, lost = lora.low_rank(merged.reshape(shape), self.size, rng)
-        self._lines |= {"energy_lost": lost}
+        made = self._side_by_side() if self.form == "cat" else self._cut(context)
+        a, b, lost, lines = made
         if lost > self.max_lost:
             raise MergeError(
                 f"module {self.module!r}: rank {self.size} loses {lost:.1%} of the merged change's squared norm, "
                 f"more than {self.max_lost:.1%}. Give a larger rank, or form dense, or a larger bound."
             )
-        self._made = {"A": a, "B": b}
+        for side, factor in (("A", a), ("B", b)):
+            key = f"base_model.model.{self.module}.lora_{side}.weight"
+            if not put(context, key, 0, factor, factor.ravel()[:0], np.float32(1)):
+                raise self._too_large()
+        return lines | {"energy_lost": lost}
+
+    def _too_large(self) -> MergeError:
+        return MergeError(f"module {self.module!r}: the merged change does not fit float32")
+
+    def _side_by_side(self) -> tuple[Floats, Floats, float, dict[str, Any]]:
+        weights = np.array(self.recipe.weights) * self.lam
+        if self.recipe.row.combine == "mean":
+            weights = weights / sum(self.recipe.weights)
+        scaled = [
+            float(w) * a.modules[self.module].scale
+            for w, a in zip(weights, self.adapters, strict=True)
+        ]
+        pairs = [adapter.factors(self.module) for adapter in self.adapters]
+        with np.errstate(over="ignore", invalid="ignore"):
+            try:
+                return *lora.concatenate(pairs, scaled, self.rank), {}
+            except np.linalg.LinAlgError:  # of what is not finite
+                raise self._too_large() from None
+
+    def _cut(self, context: Context) -> tuple[Floats, Floats, float, dict[str, Any]]:
+        change, lines = self._change(context)
+        rng = np.random.default_rng([self.recipe.seed, self.number])
+        return *lora.low_rank(change, self.size, rng), lines
+
+    def _change(self, context: Context) -> tuple[Floats, dict[str, Any]]:
+        """The merged change (out, in), and its lines of the manifest."""
+        source = lora.Product(self.adapters, self.module, CHUNK)
+        merged = np.empty(source.size, np.float32)
+        fits = []
+
+        def sink(at: int, base: Numbers, change: Floats) -> None:
+            part = merged[at : at + len(change)]
+            with np.errstate(over="ignore"):
+                np.multiply(change, context.factor, out=part)
+            fits.append(np.isfinite(part).all())
+
+        tally = merge_chunks(
+            source, context.recipe, sink, kernels=context.kernels, seed=seed_of(self.module)
+        )
+        _check_finite(tally, self.adapters, self.module)
+        if not all(fits):
+            raise self._too_large()
+        shape = self.adapters[0].modules[self.module].shape
+        return merged.reshape(shape), describe(tally, source.size)

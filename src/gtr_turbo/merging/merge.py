@@ -1,8 +1,8 @@
 """Merging checkpoints from files to files, in bounded memory: what `gtr-turbo merge` calls.
 
-The output's files are laid out first; then every tensor is a job, the largest first, done by one thread in
-chunks: read K + 1 rows, merge, round once, write at its offset. The folder appears when it is complete. The
-result does not depend on the number of threads or on how inputs are sharded.
+The output's files are laid out first; then every tensor (of a low rank: every pair) is a job, the largest first,
+done by one thread in chunks: read K + 1 rows, merge, round once, write at its offset. The folder appears when it is
+complete. The result does not depend on the number of threads or on how inputs are sharded.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from typing import Any
 
 import numpy as np
 
-from gtr_turbo import __version__
 from gtr_turbo.merging import lora
 from gtr_turbo.merging.jobs import CHUNK, KEEP, Context, Job, full_jobs
 from gtr_turbo.merging.lora_jobs import lora_jobs
+from gtr_turbo.merging.manifest import MANIFEST, made_from
 from gtr_turbo.merging.methods import METHODS, Recipe, ema, sma
-from gtr_turbo.merging.output import Writer, copy_companions, new_folder, state_dtype
+from gtr_turbo.merging.output import Writer, check_new, copy_companions, new_folder, state_dtype
 from gtr_turbo.merging.shards import ITEMSIZE, Checkpoint, MergeError
 from gtr_turbo.merging.thresholds import load_thresholds, save_thresholds
 from gtr_turbo.merging.trim import Cut, backend
 
-MANIFEST = "merged-from.json"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-MANY_TIES = 0.01
-"""Fraction of a tensor's entries; more of them equal to the threshold make the trim a matter of their order."""
+ALPHA, MAX_LOST = 0.5, 0.1
+"""Defaults; another value is refused where the option has no use."""
 
 
 @dataclass(kw_only=True)
@@ -93,13 +92,13 @@ def merge(
     base: str | Path | None = None,
     method: str = "ties",
     weights: str | Sequence[float] = "sma",
-    alpha: float = 0.5,
+    alpha: float = ALPHA,
     density: float | None = None,
     lam: float = 1.0,
     compat: str | None = None,
     form: str = "dense",
     rank: int | None = None,
-    max_lost: float = 0.1,
+    max_lost: float = MAX_LOST,
     dtype: str | None = None,
     seed: int = 0,
     threads: int = 2,
@@ -131,13 +130,14 @@ def merge(
         threads: at work at once.
         shard_bytes: largest file of the result.
         engine: `numba` or `numpy`.
-        keep_thresholds: write the thresholds of full checkpoints beside them, so that the next merge with
+        keep_thresholds: write the thresholds of full checkpoints beside them, so that the next `ties` with
             this base and density needs one pass less.
         dry_run: only plan.
         progress: told (bytes read, bytes to read).
 
     Raises:
-        MergeError: the input cannot be merged; names file and tensor. Nothing is left behind.
+        MergeError: the input cannot be merged (names file and tensor), or an option has no use. Nothing is left
+            behind.
         OSError: the disk is full or cannot be written.
     """
     began = time.monotonic()
@@ -150,14 +150,21 @@ def merge(
         raise MergeError(f"threads {threads} and shard size {shard_bytes} must be at least 1")
     if not max_lost >= 0:
         raise MergeError(f"max_lost {max_lost} must be 0 or more")
+    if max_lost != MAX_LOST and form in ("dense", "factors"):
+        raise MergeError(f"form {form} has no max_lost; drop it, or take form adapter or cat")
     wanted = DTYPES[dtype] if dtype else None
     paths = [Path(path) for path in checkpoints]
     with ExitStack() as stack:
         prepared = _prepare(stack, paths, base, recipe, form, rank, max_lost, wanted, lam)
         known: list[dict[str, Cut] | None] = [None] * len(paths)
-        if recipe.row.thin == "trim" and prepared.kind == "full" and prepared.base is not None:
+        trimmed = recipe.row.thin == "trim" and prepared.kind == "full"
+        if keep_thresholds and not trimmed:
+            raise MergeError("thresholds are kept of the ties of full models only; drop the option")
+        if trimmed and prepared.base is not None:
             known = [load_thresholds(c, prepared.base, recipe.density) for c in prepared.opened]
-        layout = [(job.name, job.dtype, job.shape) for job in prepared.jobs]
+        layout = [
+            (name, job.dtype, shape) for job in prepared.jobs for name, shape in job.shapes.items()
+        ]
         plan = Plan(
             kind=prepared.kind,
             form=form,
@@ -177,9 +184,10 @@ def merge(
             merged=prepared.merged,
             read_bytes=sum(job.read_bytes for job in prepared.jobs),
             disk_bytes=sum(ITEMSIZE[job.dtype] * job.size for job in prepared.jobs),
-            memory_bytes=_memory(prepared.jobs, len(paths), threads, whole=form != "dense"),
+            memory_bytes=_memory(prepared.jobs, len(paths), threads),
             cached=sum(cuts is not None for cuts in known),
         )
+        check_new(Path(out))
         if dry_run:
             return Report(plan=plan, manifest={}, seconds=time.monotonic() - began)
         with new_folder(Path(out)) as folder:
@@ -188,17 +196,17 @@ def merge(
             writer = Writer.create(
                 folder, layout, stem=stem, shard_bytes=plan.disk_bytes + 1 if whole else shard_bytes
             )
-            stack.callback(writer.close)
+            stack.callback(writer.close, sync=False)
             context = Context(
                 writer, backend(engine), recipe, np.float32(lam), threading.Event(), known
             )
             tensors = _run(prepared.jobs, context, threads, progress)
-            manifest = _manifest(plan, prepared, tensors)
+            settings = plan.settings | {"kind": plan.kind, "form": plan.form}
+            manifest = made_from(settings, prepared.opened, prepared.base, tensors)
             _complete(folder, prepared, paths, base)
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             writer.close()
-        trimmed = prepared.kind == "full" and recipe.row.thin == "trim"
-        if keep_thresholds and trimmed and prepared.base is not None:
+        if keep_thresholds and prepared.base is not None:
             failed = save_thresholds(prepared.opened, prepared.base, recipe.density, tensors)
             manifest["warnings"] += failed
     return Report(plan=plan, manifest=manifest, seconds=time.monotonic() - began)
@@ -235,6 +243,8 @@ def _recipe(
         raise MergeError(
             f"a merge takes two checkpoints or more, given {count}; `gtr-turbo export` writes out one"
         )
+    if alpha != ALPHA and (not isinstance(weights, str) or weights != "ema"):
+        raise MergeError(f"alpha {alpha} is for weights ema; drop it, or take them")
     if isinstance(weights, str):
         if weights not in ("sma", "ema"):
             raise MergeError(
@@ -290,12 +300,13 @@ def _prepare(
         lora.check_family(adapters)
         jobs, config = lora_jobs(adapters, opened_base, recipe, form, rank, max_lost, dtype, lam)
         opened = [adapter.weights for adapter in adapters]
-        merged = len(adapters[0].modules) if form == "dense" else len(jobs)
+        written = sum(len(job.shapes) for job in jobs)
+        merged = len(adapters[0].modules) if form == "dense" else written
         return _Prepared("lora", opened, opened_base, jobs, merged, config)
     if form != "dense" or rank is not None:
         raise MergeError(f"{paths[0]} is a full model: form {form!r} and rank are for adapters")
     opened = [stack.enter_context(Checkpoint.open(path)) for path in paths]
-    if factor := next(filter(lora.FACTOR.match, opened[0].entries), None):
+    if factor := next(filter(lora.HALF.search, opened[0].entries), None):
         raise MergeError(
             f"{paths[0]} holds {factor!r}, half of an adapter's change, which cannot be merged apart from the "
             "other; give the adapters' folders, with adapter_config.json"
@@ -324,7 +335,7 @@ def _run(
             for future in as_completed(futures):
                 job, lines = futures[future], future.result()
                 if lines is not None:
-                    found[job.name] = lines
+                    found |= dict.fromkeys(job.shapes, lines)
                 done += job.read_bytes
                 if progress is not None:
                     progress(done, total)
@@ -332,69 +343,12 @@ def _run(
             context.stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    return {job.name: found[job.name] for job in jobs if job.name in found}
+    return {name: found[name] for job in jobs for name in job.shapes if name in found}
 
 
-def _memory(jobs: Sequence[Job], count: int, threads: int, *, whole: bool) -> int:
-    """What a merge allocates at most: chunks and histograms of each thread; whole modules of a low-rank form."""
+def _memory(jobs: Sequence[Job], count: int, threads: int) -> int:
+    """What a merge allocates at most: chunks and histograms of each thread, and what its jobs hold beside them."""
     # rows, base, merge and result; the last of float16 is there in float32 too
     rows = max(4 * CHUNK * (count + 4), KEEP + 7 * KEEP // count)
-    most = threads * (rows + 8 * count * (1 << 16))
-    if whole:
-        most += threads * 4 * (count + 4) * max(job.size for job in jobs)
-    return most
-
-
-def _manifest(
-    plan: Plan, prepared: _Prepared, tensors: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    """What the result was made of."""
-
-    def described(checkpoint: Checkpoint) -> dict[str, Any]:
-        return {
-            "path": str(checkpoint.path),
-            "bytes": checkpoint.nbytes,
-            "fingerprint": checkpoint.fingerprint(),
-        }
-
-    return {
-        "made_by": f"gtr-turbo {__version__} merge",
-        "settings": plan.settings | {"kind": plan.kind, "form": plan.form},
-        "checkpoints": [described(checkpoint) for checkpoint in prepared.opened],
-        "base": None if prepared.base is None else described(prepared.base),
-        "warnings": _warnings(plan.settings["density"], tensors),
-        "tensors": {
-            name: {key: value for key, value in lines.items() if key != "cuts"}
-            for name, lines in tensors.items()
-        },
-    }
-
-
-def _warnings(density: float, tensors: dict[str, dict[str, Any]]) -> list[str]:
-    """Where trimming did not do what it is for."""
-    found = []
-    trimmed = {name: lines for name, lines in tensors.items() if lines.get("cuts") and density < 1}
-    idle = {
-        name: max(lines["zero_fraction"])
-        for name, lines in trimmed.items()
-        if max(lines["zero_fraction"]) > 1 - density
-    }
-    if idle:
-        worst = max(idle, key=lambda name: idle[name])
-        found.append(
-            f"in {len(idle)} of {len(trimmed)} tensors more changes are exactly zero than density {density} "
-            f"trims (up to {idle[worst]:.1%}, {worst}), so trimming removed nothing there. Checkpoints "
-            "rounded to bfloat16 do this: keep them in float32, or as adapters"
-        )
-    tied = [
-        name
-        for name, lines in trimmed.items()
-        if name not in idle
-        and max(lines["ties_at_threshold"]) > max(1, MANY_TIES * lines["entries"])
-    ]
-    if tied:
-        found.append(
-            f"in {len(tied)} of {len(trimmed)} tensors ({tied[0]} ...) more than {MANY_TIES:.0%} of the changes "
-            "equal the threshold: which of them are kept is decided by their index. Coarse number formats do this"
-        )
-    return found
+    held = max(job.held_bytes for job in jobs)
+    return threads * (rows + 8 * count * (1 << 16) + held)

@@ -98,7 +98,7 @@ class Writer:
                 suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
                 self._begin(folder / f"{stem}{suffix}.safetensors", shard)
         except OSError:
-            self.close()
+            self.close(sync=False)
             raise
         if len(shards) > 1:
             index = {
@@ -141,21 +141,26 @@ class Writer:
         entry = self.entries[name]
         write_at(self._open[entry.file], data, entry.start + ITEMSIZE[entry.dtype] * first)
 
-    def close(self) -> None:
-        """Flush to the disk and close."""
-        for descriptor in self._open.values():
-            os.fsync(descriptor)
-            os.close(descriptor)
-        self._open = {}
+    def close(self, *, sync: bool = True) -> None:
+        """Flush to the disk, unless told not to, and close.
+
+        Raises:
+            OSError: the disk is full or failed; what is still open can be closed by another call.
+        """
+        while self._open:
+            _, descriptor = self._open.popitem()
+            try:
+                if sync:
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` if the block ends well, and vanishes if not.
+def check_new(out: Path) -> Path:
+    """The folder that `out` means, followed through links.
 
     Raises:
-        MergeError: `out` exists and is not an empty folder that can be replaced, or its parent cannot be
-            written.
+        MergeError: it exists and is not an empty folder that can be replaced.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MergeError(f"{out} exists already; nothing is overwritten. Give another folder.")
@@ -165,6 +170,19 @@ def new_folder(out: Path) -> Iterator[Path]:
             f"{out} is a mount point or the folder you are in, and cannot be replaced by the result; give a "
             "folder inside it"
         )
+    return out
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` if the block ends well, and vanishes if not.
+
+    Raises:
+        MergeError: `out` exists and is not an empty folder that can be replaced, or its parent cannot be
+            written.
+        OSError: what was written cannot be flushed to the disk.
+    """
+    out = check_new(out)
     missing = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +196,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         try:
             partial.chmod(0o755)
             yield partial
+            for path in (*partial.rglob("*"), partial):
+                _sync(path)
             if out.exists():
                 out.rmdir()
             partial.rename(out)
@@ -209,10 +229,13 @@ def _held(folder: Path, out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def _sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def copy_companions(source: Path, target: Path) -> None:

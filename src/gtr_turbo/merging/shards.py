@@ -242,6 +242,8 @@ def _files(path: Path, stem: str | None) -> list[Path]:
             raise MergeError(f"{indices[0]} cannot be read ({error})") from error
         files = [path / Path(name).name for name in names]
     else:
+        if (path / "state.json").is_file() and (path / "student").is_dir():
+            raise MergeError(f"{path} is a checkpoint of a run; give {path / 'student'}")
         files = sorted(path.glob(f"{stem or '*'}.safetensors"))
         if len(files) > 1:
             raise MergeError(
