@@ -545,6 +545,21 @@ def test_a_signal_leaves_a_resumable_run(capsys, small, tmp_path, monkeypatch, n
     assert [json.loads(row)["update"] for row in rows] == [1, 2, 3]
 
 
+def test_the_disk_holds_a_row_before_its_checkpoint(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("gtr_turbo.collect.generate", scripted)
+    synced, real = [], os.fsync
+
+    def fsync(handle):
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run = tmp_path / "run"
+    assert main(["train", "--config", small, "--run", str(run), "--eval.episodes", "0"]) == 0
+    checkpointed = next(i for i, name in enumerate(synced) if ".part/" in name)
+    assert str(run / "metrics.jsonl") in synced[:checkpointed]
+
+
 def test_nohup_goes_on_when_the_terminal_closes(capsys):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     assert main(["train", "--print_config"]) == 0

@@ -2,6 +2,7 @@
 
 import gc
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,14 @@ from gtr_turbo.config import ModelConfig, SamplingConfig, TrainConfig
 from gtr_turbo.learning.update import make_optimizer
 from gtr_turbo.planning import make_plan
 from gtr_turbo.planning.dryrun import Shadow
-from gtr_turbo.planning.memory import Lengths, generation_bytes, trained_bytes, update_bytes
+from gtr_turbo.planning.memory import (
+    Lengths,
+    generation_bytes,
+    scoring_bytes,
+    trained_bytes,
+    update_bytes,
+)
+from gtr_turbo.planning.plan import estimated_tokens
 from gtr_turbo.policy.generation import generate
 from gtr_turbo.policy.scoring import score
 from gtr_turbo.settings import build_config, config_file, merge, read_config
@@ -90,6 +98,35 @@ def test_generation_is_within_a_fifth_of_counted_tensors(either, kind):
     assert (
         planned["key-value cache"] == 6 * (lengths.prompt + 63) * 4 * 2 * 2 * 32 * 4
     )  # layers, keys and values, heads, width
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], LORA])
+def test_scoring_is_within_a_fifth_of_counted_tensors(either, kind):
+    policy = make_policy(either, attention="sdpa", **kind)
+    observed = observations(policy, 1) * 6
+    inputs = inputs_of(policy, observed, [torch.full((64,), 300)] * 6)
+    config = replace(recipe("ezpoints"), model=policy.config)
+    lengths = Lengths(prompt=len(observed[0].prompt_ids), image=16, reply=64)
+    gc.collect()
+    with torch.no_grad(), Bytes() as counted:
+        score(policy, inputs)
+    planned = scoring_bytes(Shadow(policy.config), config, lengths, rows=6, turns=2)
+    assert sum(planned.values()) == pytest.approx(counted.peak, rel=0.2)
+    full = replace(config, guidance=replace(config.guidance, estimator="full"))
+    more = scoring_bytes(Shadow(policy.config), full, lengths, rows=6, turns=2)
+    vocabulary = len(policy.banned)
+    assert more["distributions of agent and teacher"] == 4 * 4 * 2 * 64 * vocabulary
+
+
+def test_prompts_are_counted_by_words_where_there_is_no_tokenizer(capsys):
+    # "Go", " to", " ", "1", ", ", "count"+"ertop"... : letters by six, a digit each, a blank with its word
+    assert estimated_tokens("Go to 12, countertop") == 1 + 1 + 1 + 2 + 1 + 2
+    assert estimated_tokens("") == 0
+    assert main(["plan", "--config", "alfworld-qwen3-vl-2b", "--gpus", "1x80GB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert any("were counted by words" in line for line in found["assumptions"])
+    # fifty past actions of some words each, and as many commands to choose from
+    assert 700 < found["tokens"]["prompt"] < 1300
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,8 @@ def env_config(options: argparse.Namespace, config: TrainConfig) -> tuple[EnvCon
             told = " ".join(str(error).split())
             raise ConfigError(f"--option {text!r}: the value is no YAML ({told})") from error
     if "split" in given:
-        raise ConfigError(f"--option split={given['split']}: the split has an option of its own, --split")
+        raise ConfigError(
+            f"--option split={given['split']}: the split has an option of its own, --split"
+        )
     env = replace(config.env, options={**config.env.options, **given})
     return env, None if options.split == "none" else options.split or env.eval_split

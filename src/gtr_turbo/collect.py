@@ -21,7 +21,7 @@ from gtr_turbo.parsing import parse, thought_tokens
 from gtr_turbo.policy.engine import Engine
 from gtr_turbo.policy.generation import generate
 from gtr_turbo.policy.model import Policy
-from gtr_turbo.policy.scoring import score, values
+from gtr_turbo.policy.scoring import PASS_TOKENS, score, values
 from gtr_turbo.turns.batch import make_inputs
 from gtr_turbo.turns.turn import Turn
 
@@ -295,11 +295,13 @@ def _values(policy: Policy, observations: list[Mapping[str, Any]], size: int) ->
 
 @torch.no_grad()
 def rescore(turns: list[Turn], policy: Policy, size: int) -> list[Turn]:
-    """Replace recorded log-probs, values and hidden states by those of a scoring pass.
+    """Replace recorded log-probs, values and hidden states by those of scoring passes over `size` turns or fewer.
 
     In bfloat16 decoding and scoring round differently; the ratio of the first minibatch is 1 again then.
     """
     renewed: list[Turn] = []
+    longest = max(len(t.observed.prompt_ids) + len(t.reply.response_ids) for t in turns)
+    size = min(size, max(1, PASS_TOKENS // longest))
     for at in range(0, len(turns), size):
         part = turns[at : at + size]
         inputs = make_inputs(

@@ -62,12 +62,12 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def with_overrides(settings: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """A recipe's settings under those of the command line; another environment leaves of its own what fits."""
-    env, own = over.get("env"), settings.get("env", {})
+    env, own, evaluation = over.get("env"), settings.get("env", {}), settings.get("eval", {})
     given = env.get("id") if isinstance(env, dict) else None
-    if isinstance(given, str):
+    if isinstance(given, str) and isinstance(own, dict) and isinstance(evaluation, dict):
         if not _same_environment(own, given):
             name = re.sub(r"\W+", "-", given.rpartition(":")[2].removeprefix("gtr/")).lower()
-            evaluation = settings.get("eval", {})  # its own splits are of the other environment
+            # its own splits are of the other environment
             kept = {key: value for key, value in evaluation.items() if key != "extra_splits"}
             settings = settings | {"name": name, "eval": kept}
         settings = settings | {"env": other_environment(own, given)}
@@ -91,6 +91,8 @@ def other_environment(env: dict[str, Any], name: str) -> dict[str, Any]:
     """
     from gtr_turbo.envs.contract import resolve_id
 
+    if not isinstance(env, dict):  # told as what it is when settings are built
+        return {"id": name}
     if _same_environment(env, name):
         return env | {"id": name}
     kept = {key: value for key, value in env.items() if key == "num_envs"}

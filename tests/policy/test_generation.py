@@ -7,9 +7,9 @@ from transformers import (
 )
 
 from gtr_turbo.config import SamplingConfig
-from gtr_turbo.policy import model, starter
+from gtr_turbo.policy import model, scoring, starter
 from gtr_turbo.policy.generation import generate, warp
-from gtr_turbo.policy.scoring import score
+from gtr_turbo.policy.scoring import score, values
 from tiny import inputs_of, make_policy, observations, perturb
 
 
@@ -84,6 +84,26 @@ def test_a_row_ends_at_its_own_end_token_as_if_it_were_alone(policy):
         assert end not in row[:-1]
         assert row[-1] == end or len(row) == 12
         assert write(policy, observed[i : i + 1], greedy=True) == [row]
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_prompts_that_are_read_in_parts_are_answered_as_those_read_at_once(
+    policy, greedy, monkeypatch
+):
+    observed = observations(policy, 5)
+    longest = max(len(o.prompt_ids) for o in observed)
+    sizes = []
+    forward = policy.forward_hidden
+    monkeypatch.setattr(
+        policy, "forward_hidden", lambda **a: (sizes.append(len(a["input_ids"])), forward(**a))[1]
+    )
+    one, expected = write(policy, observed, greedy=greedy), values(policy, observed)
+    assert sizes[0] == 5
+    sizes.clear()
+    monkeypatch.setattr(scoring, "PASS_TOKENS", 2 * longest + 1)
+    assert write(policy, observed, greedy=greedy) == one
+    assert sizes[:3] == [2, 2, 1]
+    assert values(policy, observed) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_reply_is_cut_at_the_limit(policy):

@@ -37,7 +37,6 @@ from typing import Any, TypedDict
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.spaces.utils import flatten_space
 
 from gtr_turbo.checks import suggest
 
@@ -364,4 +363,3 @@ def check_env(env: Env | str, *, episodes: int = 3, max_turns: int = 200) -> Non
             f"{name}: the image of its first observation changed when it went on. The trainer keeps images, so "
             "each must be an array of its own; return a copy (image.copy())"
         )
-    flatten_space(spaces.Dict({"image": env.observation_space["image"]}))  # type: ignore[index]

@@ -138,7 +138,7 @@ class Shadow:
         self.model: Any = self.base
         if config.train == "lora":
             with no_init_weights():
-                self.model = add_adapters(self.base, config)
+                self.model = add_adapters(self.base, config, planned=True)
         else:
             for name, parameter in self.base.named_parameters():
                 parameter.requires_grad_(config.vision == "trained" or not is_vision(name))

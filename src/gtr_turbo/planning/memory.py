@@ -6,11 +6,15 @@ from dataclasses import dataclass, field
 
 from gtr_turbo.config import TrainConfig
 from gtr_turbo.planning.dryrun import Shadow
-from gtr_turbo.policy.scoring import LOGITS
+from gtr_turbo.policy.scoring import LOGITS, PASS_TOKENS
 
 LOGIT_COPIES = 4
 """Tensors of the size of the logits that the update holds at once; twice as many where they are made in parts, and
 again in the backward pass (policy/scoring.py)."""
+SCORED_COPIES = 5
+"""The same where no gradient is wanted: logits, log-probabilities, and three of the entropy."""
+DISTRIBUTIONS = 4
+"""Tensors over a micro-batch's tokens and the vocabulary at once: the agent's, the teacher's, two of their KL."""
 USED = 0.9
 """Share of a GPU that is planned with: its context and the allocator's gaps take the rest."""
 
@@ -38,6 +42,8 @@ class Memory:
     """On each GPU, in forward and backward passes of the update, beyond `always`."""
     step: dict[str, int] = field(default_factory=dict)
     """In the optimizer's step."""
+    scoring: dict[str, int] = field(default_factory=dict)
+    """In passes without a gradient: turns that are scored again, and what the teacher says of them."""
     generation: dict[str, int] = field(default_factory=dict)
     """While replies are written."""
     host: dict[str, int] = field(default_factory=dict)
@@ -49,7 +55,8 @@ class Memory:
     def phases(self) -> dict[str, int]:
         """Bytes of each phase, `always` included."""
         resident = sum(self.always.values())
-        parts = {"update": self.update, "step": self.step, "generation": self.generation}
+        parts = {"update": self.update, "step": self.step, "scoring": self.scoring}
+        parts["generation"] = self.generation
         return {name: resident + sum(part.values()) for name, part in parts.items()}
 
     @property
@@ -95,8 +102,33 @@ def update_bytes(shadow: Shadow, lengths: Lengths, turns: int) -> dict[str, int]
     }
 
 
+def scoring_bytes(
+    shadow: Shadow, config: TrainConfig, lengths: Lengths, *, rows: int, turns: int
+) -> dict[str, int]:
+    """Of a pass over some of `rows` turns; with `guidance.estimator: full` over a micro-batch of `turns`."""
+    length, guidance = lengths.prompt + lengths.reply, config.guidance
+    whole = guidance.estimator == "full" and (guidance.kind in ("kl", "static") or guidance.monitor)
+    rows = max(turns, _rows(rows, length)) if whole else _rows(rows, length)
+    vocabulary = 4 * shadow.text.vocab_size
+    logits = min(rows * lengths.reply, max(1, LOGITS // shadow.text.vocab_size)) * vocabulary
+    states = rows * length * shadow.text.hidden_size * shadow.itemsize
+    both = DISTRIBUTIONS * turns * lengths.reply * vocabulary if whole else 0
+    return {
+        "hidden states": states,
+        "working memory of a layer, or logits": max(
+            shadow.layer(rows, length).forward, SCORED_COPIES * logits
+        ),
+        "distributions of agent and teacher": both,
+    }
+
+
+def _rows(turns: int, tokens: int) -> int:
+    """Rows of the largest pass over `turns` rows of `tokens` tokens."""
+    return min(turns, max(1, PASS_TOKENS // tokens))
+
+
 def generation_bytes(shadow: Shadow, lengths: Lengths, turns: int) -> dict[str, int]:
-    """Key-value cache at its longest, and what the largest of the image's, the prompt's and a token's pass adds."""
+    """Key-value cache at its longest, and what the largest of the image's, the prompts' and a token's pass adds."""
     cache = turns * (lengths.prompt + lengths.reply - 1) * shadow.key_values
     patches = lengths.image * shadow.architecture.vision_config.spatial_merge_size**2
     prompt = turns * lengths.prompt * shadow.key_values
@@ -104,7 +136,7 @@ def generation_bytes(shadow: Shadow, lengths: Lengths, turns: int) -> dict[str, 
     sampler = turns * shadow.text.vocab_size * (shadow.itemsize + 3 * 4 + 3 * 8)
     most = max(
         turns * shadow.block(patches).forward,
-        prompt + shadow.layer(turns, lengths.prompt).forward,
+        prompt + shadow.layer(_rows(turns, lengths.prompt), lengths.prompt).forward,
         cache + cache // len(shadow.layers) + sampler,  # a layer's cache is copied to be lengthened
     )
     return {"key-value cache": cache, "working memory of a pass": most - cache}
@@ -148,6 +180,9 @@ def plan_memory(
             always=always,
             update={"gradients": gradients, **update_bytes(shadow, lengths, turns)},
             step={"gradients": gradients, "working memory of Adam": trained_bytes(shadow)},
+            scoring=scoring_bytes(
+                shadow, config, lengths, rows=config.env.num_envs // ranks, turns=turns
+            ),
             generation=generation,
             host={
                 "the teacher": copies,
@@ -165,7 +200,11 @@ def plan_memory(
         return memory(min(given, most))
     room = USED * size - sum(always.values())
     fitting = [n for n in range(1, most + 1) if most % n == 0]
-    fits = [n for n in fitting if not size or sum(memory(n).update.values()) <= room]
+    fits = [
+        n
+        for n in fitting
+        if not size or max(sum(memory(n).update.values()), sum(memory(n).scoring.values())) <= room
+    ]
     return memory(max(fits, default=1) if size else min(64, most))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +23,12 @@ from gtr_turbo.policy.starter import model_folder
 
 GPUS = re.compile(r"(\d+)x(\d+(?:\.\d+)?)GB")
 LOOKED_AT = 8
-"""Environments, and turns of each with random actions, whose longest prompt is planned with."""
+"""Episodes, played with random actions, whose longest prompt is planned with."""
+LONGEST = 200
+"""Turns of an episode, at most."""
+PIECES = re.compile(r"[^\W\d_]+|\d|[^\w\s]+|_|\s+")
+LETTERS = 6
+"""Of a token where there is no tokenizer to ask: longer words have several. Rather too few for English words."""
 NODE = 8
 """GPUs of a node, which share its host's memory."""
 
@@ -133,18 +140,32 @@ def read_lengths(config: TrainConfig, prompt: int | None, notes: list[str]) -> L
         words_of = folder if folder and (Path(folder) / "tokenizer.json").is_file() else None
         words: Any = AutoTokenizer.from_pretrained(words_of or model_folder("tiny-qwen3-vl"))
         if words_of is None:
-            notes.append(
-                "prompts were counted with the shipped starter's tokenizer, as the model's is not here; "
-                "--prompt-tokens N gives another length"
+            longest = (
+                len(_ids(words, "")) - 1 + max(estimated_tokens(text) for text in set(prompts))
             )
-        longest = max(len(_ids(words, text)) for text in prompts)
-        prompt = longest - 1 + image  # one placeholder is there already
+            notes.append(
+                f"prompts were counted by words, a token for each {LETTERS} letters, as the model's tokenizer is "
+                "not here; --prompt-tokens N gives another length"
+            )
+        else:  # one placeholder is there already
+            longest = max(len(_ids(words, text)) for text in set(prompts)) - 1
+        prompt = longest + image
         notes.append(
-            f"prompt: the longest of {len(prompts)}, in {LOOKED_AT} environments played at random"
+            f"prompt: the longest of {len(prompts)}, in {LOOKED_AT} episodes played at random"
         )
     if prompt < image:
         raise ConfigError(f"--prompt-tokens {prompt} is less than the {image} tokens of the image")
     return Lengths(prompt=prompt, image=image, reply=config.sampling.max_new_tokens)
+
+
+def estimated_tokens(text: str) -> int:
+    """Tokens of a text by a tokenizer of Qwen's kind, which is not here: it cuts as `PIECES`, then words.
+
+    A blank goes with the word behind it; a digit is a token.
+    """
+    pieces: list[str] = PIECES.findall(text)
+    blanks = sum(a == " " and b.isalpha() for a, b in itertools.pairwise(pieces))
+    return sum(math.ceil(len(p) / LETTERS) if p.isalpha() else 1 for p in pieces) - blanks
 
 
 def _ids(words: Any, text: str) -> list[int]:
@@ -162,7 +183,7 @@ def _seen(config: TrainConfig) -> tuple[list[str], list[np.ndarray]]:
     with Envs(config.env, config.env.train_split, config.seed, count=LOOKED_AT) as envs:
         envs.start()
         for i in range(LOOKED_AT):
-            for _ in range(LOOKED_AT):
+            for _ in range(LONGEST):
                 prompts.append(envs.observations[i]["prompt"])
                 frames.append(envs.observations[i]["image"])
                 actions = envs.infos[i].get("actions")
@@ -205,13 +226,16 @@ def make_plan(
             raise ConfigError(
                 f"{key}={number} must be a multiple of the {ranks} GPUs, which share it; give --{key}"
             )
+    config.check_world(ranks)
     notes: list[str] = []
     shadow = Shadow(config.model)  # refuses a model that is not known
     lengths = read_lengths(config, prompt_tokens, notes)
     memory = plan_memory(shadow, config, lengths, ranks=ranks, size=size * 1e9)
     name = shape_name(config.model.path)
     rates = measured(results, name) if results else assumed(size)
-    seconds = update_seconds(shadow, config, lengths, rates, ranks=ranks)
+    seconds = update_seconds(
+        shadow, config, lengths, rates, ranks=ranks, microbatch=memory.microbatch
+    )
     total = hours(seconds, config)
     local = min(ranks, NODE)
     plan = Plan(
@@ -256,6 +280,11 @@ def _assumptions(config: TrainConfig, rates: Rates, ranks: int) -> Iterator[str]
             f"the {ranks} GPUs each hold the whole model and share environments and minibatches; gradients travel "
             f"at {rates.network_gb_s:g} GB/s; nodes of {NODE}, one history in all"
         )
+    if config.distributed.shard:
+        yield (
+            "distributed.shard is not counted: weights, gradients and Adam's states are those of an unsharded run, "
+            "of which an update needs less then"
+        )
 
 
 def _changes(config: TrainConfig, ranks: int) -> Iterator[tuple[str, TrainConfig]]:
@@ -291,13 +320,14 @@ def _changes(config: TrainConfig, ranks: int) -> Iterator[tuple[str, TrainConfig
             "model.train=lora, model.dtype=bfloat16, model.gradient_checkpointing=true, ppo.microbatch_turns=1",
             everything,
         )
+    start = ", model.adapter=null" if model.adapter else ""  # it is of this model
     for name in ("qwen3-vl-4b", "qwen2.5-vl-3b", "qwen3-vl-2b"):
         hub = SHAPES[name]["hub"]
         if hub != model.path:
             yield (
-                f"model.path={hub}, model.train=lora, model.dtype=bfloat16, model.gradient_checkpointing=true, "
-                "ppo.microbatch_turns=1",
-                replace(everything, model=replace(everything.model, path=hub)),
+                f"model.path={hub}{start}, model.train=lora, model.dtype=bfloat16, "
+                "model.gradient_checkpointing=true, ppo.microbatch_turns=1",
+                replace(everything, model=replace(everything.model, path=hub, adapter=None)),
             )
 
 

@@ -105,7 +105,13 @@ def measured(file: Path, model: str | None) -> Rates:
 
 
 def update_seconds(
-    shadow: Shadow, config: TrainConfig, lengths: Lengths, rates: Rates, *, ranks: int
+    shadow: Shadow,
+    config: TrainConfig,
+    lengths: Lengths,
+    rates: Rates,
+    *,
+    ranks: int,
+    microbatch: int,
 ) -> dict[str, float]:
     """Seconds of each part of an update on `ranks` GPUs, each with its share of the environments."""
     turns = config.turns_per_update / ranks
@@ -125,12 +131,17 @@ def update_seconds(
     guided = config.guidance.kind in ("kl", "static") or config.guidance.monitor
     again = config.rollout.rescore or config.rollout.engine == "vllm"
     moved = 2 * shadow.exchanged * shadow.itemsize / (rates.bus_gb_s * 1e9)
+    asking = scoring + moved
+    if (
+        config.guidance.estimator == "full"
+    ):  # the agent again, and the teacher put in place for each micro-batch
+        asking = 2 * scoring + moved * turns / microbatch
     reduced = 2 * trained_bytes(shadow) * (ranks - 1) / ranks / (rates.network_gb_s * 1e9)
     return {
         "write replies": _agents_replies(shadow, config, lengths, rates, ranks),
         "write the teacher's thoughts": _thoughts(shadow, config, lengths, rates, turns, moved),
         "score again": scoring if again else 0.0,
-        "ask the teacher": scoring + moved if guided else 0.0,
+        "ask the teacher": asking if guided else 0.0,
         "learn": passes / (flops * rates.update_share),
         "share gradients": steps * reduced,
         "remember and merge": shadow.exchanged * _gone_through(config) / rates.merge_entries_s,

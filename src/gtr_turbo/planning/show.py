@@ -26,6 +26,7 @@ def show(console: Console, plan: Plan) -> None:
         ("always", plan.memory.always),
         (f"update, {plan.memory.microbatch} turns at once", plan.memory.update),
         ("optimizer step", plan.memory.step),
+        ("scoring", plan.memory.scoring),
         ("replies", plan.memory.generation),
     )
     for title, parts in groups:

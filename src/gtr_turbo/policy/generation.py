@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gtr_turbo.config import SamplingConfig
 from gtr_turbo.policy.model import Policy
-from gtr_turbo.policy.scoring import position_ids
+from gtr_turbo.policy.scoring import parts, position_ids
 from gtr_turbo.turns.batch import make_inputs
 from gtr_turbo.turns.turn import Observed, Reply
 
@@ -41,6 +41,18 @@ def warp(logits: Tensor, seen: Tensor, sampling: SamplingConfig) -> Tensor:
     return logits
 
 
+def _joined(caches: list[Any]) -> Any:
+    """One key-value cache of the rows of several; these lose theirs."""
+    whole, *others = caches
+    for layer, *more in zip(*(cache.layers for cache in caches), strict=True):
+        for name in ("keys", "values") if others else ():
+            joined = torch.cat([getattr(one, name) for one in (layer, *more)])
+            for one in more:
+                setattr(one, name, None)
+            setattr(layer, name, joined)
+    return whole
+
+
 @torch.no_grad()
 def generate(
     policy: Policy,
@@ -61,7 +73,7 @@ def generate(
         greedy: take the likeliest token instead of sampling.
         temperature: to draw at, if not the policy's own; the log-probs recorded are the policy's own all the same.
     """
-    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicCache, DynamicLayer
 
     device, pad_id = policy.device, policy.processor.pad_token_id
     empty = torch.zeros(0, dtype=torch.long)
@@ -71,19 +83,24 @@ def generate(
     if positions is None:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
     positions = positions.to(device)
-    cache = DynamicCache(config=policy.model.config.get_text_config())
-    output, hidden = policy.forward_hidden(
-        input_ids=inputs.prompt_ids.to(device),
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-        **policy.image_arguments(observed),
-    )
-    first = hidden[:, 0].float()
+    batch, text = len(observed), policy.model.config.get_text_config()
+    caches, ends, read = [], [], []
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=text).layers)
+    for part in parts(batch, mask.shape[1]) if plain else [slice(batch)]:
+        caches.append(DynamicCache(config=text))
+        output, hidden = policy.forward_hidden(
+            input_ids=inputs.prompt_ids[part].to(device),
+            attention_mask=mask[part],
+            position_ids=positions[..., part, :],
+            past_key_values=caches[-1],
+            use_cache=True,
+            logits_to_keep=1,
+            **policy.image_arguments(observed[part]),
+        )
+        ends.append(output.logits[:, -1])
+        read.append(hidden[:, 0].float())
+    cache, logits, first = _joined(caches), torch.cat(ends), torch.cat(read)
     head = policy.value_head(first).cpu()
-    batch = len(observed)
     ids = torch.full((batch, sampling.max_new_tokens), pad_id, dtype=torch.long)
     logprobs = torch.zeros((batch, sampling.max_new_tokens))
     lengths = torch.zeros(batch, dtype=torch.long)
@@ -93,7 +110,7 @@ def generate(
     multimodal = positions.ndim == 3
     last = positions.amax(dim=(0, 2)) if multimodal else positions[:, -1]  # (B,)
     for step in range(sampling.max_new_tokens):
-        logits = policy.policy_logits(output.logits[:, -1])
+        logits = policy.policy_logits(logits)
         drawn = logits if temperature is None else logits * (policy.temperature / temperature)
         token = _choose(warp(drawn, seen, sampling), generator, greedy=greedy)
         ids[rows, step] = token.cpu()
@@ -118,6 +135,7 @@ def generate(
             use_cache=True,
             logits_to_keep=1,
         )
+        logits = output.logits[:, -1]
     return [
         Reply(
             response_ids=ids[i, :n].clone(),

@@ -15,17 +15,12 @@ from torch import nn
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import ModelConfig
 from gtr_turbo.merging.lora import check_kind
+from gtr_turbo.merging.lora import is_vision as is_vision  # for others too
 from gtr_turbo.merging.shards import MergeError
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.processing import QWEN
 
-VISION = ("visual", "vision_tower", "vision_model", "vision_encoder")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def is_vision(name: str) -> bool:
-    """Whether a parameter or module belongs to the vision tower."""
-    return any(part in VISION for part in name.split("."))
 
 
 def takes_features(model: Any) -> bool:
@@ -165,11 +160,11 @@ def linear_layers(model: nn.Module, *, vision: bool) -> list[str]:
     ]
 
 
-def add_adapters(base: Any, config: ModelConfig) -> Any:
-    """The model with LoRA adapters: fresh ones, or those of `model.adapter`.
+def add_adapters(base: Any, config: ModelConfig, *, planned: bool = False) -> Any:
+    """The model with LoRA adapters: fresh ones, or those of `model.adapter`; `planned`: of its shape, not read.
 
     Raises:
-        ConfigError: the settings contradict `model.adapter`.
+        ConfigError: the settings contradict `model.adapter`, or it is of another model.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -178,8 +173,18 @@ def add_adapters(base: Any, config: ModelConfig) -> Any:
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is dep", FutureWarning)
         if config.adapter:
             made = LoraConfig.from_pretrained(config.adapter)
-            made.lora_dropout = config.lora_dropout
-            return PeftModel.from_pretrained(base, config.adapter, is_trainable=True, config=made)
+            made.lora_dropout, made.inference_mode = config.lora_dropout, False
+            try:
+                if planned:
+                    return get_peft_model(base, made)
+                return PeftModel.from_pretrained(
+                    base, config.adapter, is_trainable=True, config=made
+                )
+            except (RuntimeError, ValueError) as error:  # other sizes; no layer of these names
+                raise ConfigError(
+                    f"model.adapter={config.adapter!r}, made on {made.base_model_name_or_path}, does not fit "
+                    f"model.path={config.path!r}: {str(error).strip().splitlines()[-1].strip()}"
+                ) from error
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,

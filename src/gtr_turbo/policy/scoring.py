@@ -10,6 +10,7 @@ Logits are made for some tokens at a time and, where a gradient is wanted, made 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +21,17 @@ from gtr_turbo.policy.model import Policy
 from gtr_turbo.turns.batch import Inputs, make_inputs
 from gtr_turbo.turns.turn import Observed
 
+PASS_TOKENS = 2**14
+"""Tokens of a pass without a gradient, padding included; more rows take several passes."""
 LOGITS = 2**24
 """Logits made at a time: 64 MiB in float32, 110 tokens of Qwen's vocabulary. Some eight tensors of this size
 are alive at once."""
+
+
+def parts(rows: int, tokens: int) -> Iterator[slice]:
+    """Shares of `rows` rows of `tokens` tokens each, for passes without a gradient."""
+    size = max(1, PASS_TOKENS // tokens)
+    return (slice(at, at + size) for at in range(0, rows, size))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,13 +124,13 @@ def score(
     targets = inputs.response_ids.to(device).flatten()[where]
     size = max(1, LOGITS // len(policy.banned))
     again = torch.is_grad_enabled() and len(where) > size
-    parts = [
+    scored = [
         checkpoint(some, *part, use_reentrant=False, preserve_rng_state=False)
         if again
         else some(*part)
         for part in zip(tokens.split(size), targets.split(size), strict=True)
     ]
-    logprobs, entropy, everything, own = zip(*parts, strict=True)
+    logprobs, entropy, everything, own = zip(*scored, strict=True)
 
     def back(rows: tuple[Tensor, ...], padding: float) -> Tensor:
         """(N, ...) in parts as (B, R, ...)."""
@@ -141,7 +150,9 @@ def score(
 @torch.no_grad()
 def values(policy: Policy, observed: list[Observed]) -> Tensor:
     """Values of observations, (B,) float32 on the CPU."""
-    empty = torch.zeros(0, dtype=torch.long)
-    inputs = make_inputs(observed, [empty] * len(observed), policy.processor.pad_token_id)
-    found: Tensor = policy.value_head(score(policy, inputs).hidden)
-    return found.cpu()
+    empty, found = torch.zeros(0, dtype=torch.long), []
+    for part in parts(len(observed), max(len(o.prompt_ids) for o in observed)):
+        some = observed[part]
+        inputs = make_inputs(some, [empty] * len(some), policy.processor.pad_token_id)
+        found.append(policy.value_head(score(policy, inputs).hidden).cpu())
+    return torch.cat(found)
