@@ -139,6 +139,7 @@ INVALID = {
     "bare sign": '{"thoughts": "a", "action": =}',
     "quotes in bare words": "{'thoughts': 'a', 'action': go to \"fridge\" 1}",
     "half a formula quoted": """{'thoughts': 'a', 'action': '8-4'*6}""",
+    "two repaired actions": """{"thoughts": "a", action: add" "action": "+"}""",
     "two repaired objects": "{'thoughts': 'a', 'action': '1'} {'thoughts': 'b', 'action': '2'}",
     "blanks to no end": "{'thoughts': 'a', 'action'" + " " * 19_000 + "(}",
     "deep": "[" * 100_000,
