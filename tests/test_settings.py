@@ -81,6 +81,12 @@ def test_another_environment_is_asked_as_the_model_knows_it():
     assert given["eval"]["extra_splits"] == ["all"]
     with pytest.raises(ContractError, match="Did you mean 'Blackjack'"):
         env_of("--env", "Blackjak")
+    over = {"env": {"id": "CartPole-v1"}}
+    for plain in (None, "Acrobot-v1"):
+        assert with_overrides({"env": plain}, over)["env"] == over["env"]
+    assert with_overrides({"eval": None}, over)["eval"] is None, (
+        "it is told when settings are built"
+    )
 
 
 @pytest.mark.parametrize(

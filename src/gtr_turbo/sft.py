@@ -99,17 +99,20 @@ def played(
         )
     rng = np.random.default_rng(seed)
     observation, info = env.reset(seed=seed)
-    while True:
-        reply = expert(rng)
-        action, legal = reply["action"], info.get("actions")
-        if rng.random() < config.noise and legal:
-            reply = {**reply, "action": str(rng.choice(legal))}
-        yield observation, reply, info
-        if config.stray and legal and rng.random() < config.stray:
-            action = str(rng.choice(legal))
-        observation, _, terminated, truncated, info = env.step(action)
-        if terminated or truncated:
-            observation, info = env.reset()
+    try:
+        while True:
+            reply = expert(rng)
+            action, legal = reply["action"], info.get("actions")
+            if rng.random() < config.noise and legal:
+                reply = {**reply, "action": str(rng.choice(legal))}
+            yield observation, reply, info
+            if config.stray and legal and rng.random() < config.stray:
+                action = str(rng.choice(legal))
+            observation, _, terminated, truncated, info = env.step(action)
+            if terminated or truncated:
+                observation, info = env.reset()
+    finally:
+        env.close()
 
 
 def vocabulary(config: SFTConfig) -> Any:

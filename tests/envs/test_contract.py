@@ -138,6 +138,9 @@ class Sound(gymnasium.Env):
 
 def test_the_environment_the_broken_ones_are_made_of_is_sound():
     check_env(Sound())
+    plain = Sound()
+    del plain.observation_space, plain.action_space
+    check_env(plain)  # nothing asks for its spaces
 
 
 def broken(**changes):

@@ -1,12 +1,15 @@
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from gtr_turbo.checks import ConfigError
+from gtr_turbo.planning.dryrun import Shadow
 from gtr_turbo.policy import swap
 from gtr_turbo.policy.loading import adapter_settings
 from gtr_turbo.policy.scoring import score
@@ -141,6 +144,23 @@ def test_full_training_trains_the_language_model_and_the_tower_only_if_asked(tin
     language = {name for name in names if "visual" not in name}
     assert set(make_policy(tiny).trained()) == language
     assert set(make_policy(tiny, vision="trained").trained()) == names
+
+
+def test_an_adapter_of_another_model_is_refused_and_planned_by_its_settings(tiny, tmp_path):
+    policy = make_policy(tiny, **LORA)
+    policy.save_student(tmp_path / "start")
+    file = tmp_path / "start/adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "lora_A" in name)
+    save_file(tensors | {name: tensors[name][:, 1:].contiguous()}, file)
+    config = replace(policy.config, adapter=str(tmp_path / "start"))
+    told = rf"start', made on .*, does not fit model.path='{tiny}': .*size"
+    with pytest.raises(ConfigError, match=told):
+        make_policy(tiny, **LORA, adapter=config.adapter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no weight is read
+        planned, fresh = Shadow(config), Shadow(policy.config)
+    assert sum(p.nbytes for p in planned.trained) == sum(p.nbytes for p in fresh.trained)
 
 
 def test_a_run_from_an_adapter_counts_it_as_the_start(tiny, tmp_path):
