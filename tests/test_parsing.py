@@ -94,6 +94,29 @@ VALID = {
         "5",
         '"action" "5", "why": "my action: 7"}',
     ),
+    "two repaired objects": (
+        "{'thoughts': 'a', 'action': '1'} {'thoughts': 'b', 'action': '2'}",
+        "1",
+        "'action': '1'} {'thoughts': 'b', 'action': '2'}",
+    ),
+    # where the action might begin is a word of the thought: cautious, as no thought is trained then
+    "its name in a long thought": (
+        '{"thoughts": "Cards 3, 4.\nBest action: add 5.", "action": "5"}',
+        "5",
+        'action: add 5.", "action": "5"}',
+    ),
+    "itself in a long thought": (
+        '{"thoughts": "Cards 3, 4.\nBest action: 5.", "action": "5"}',
+        "5",
+        'action: 5.", "action": "5"}',
+    ),
+    "comment": ("{'thoughts': 'a', 'action': '5' // done\n}", "5", "'action': '5' // done\n}"),
+    "escapes": (
+        r"{'thoughts': 'a', 'action': '8\u00D72\n'}",
+        "8×2",
+        r"'action': '8\u00D72\n'}",
+    ),
+    "full stop": ("{'thoughts': 'a', 'action': 'stand'.}", "stand", "'action': 'stand'.}"),
     "bare words": (
         "{'thoughts': 'a', 'action': go to fridge 1}",
         "go to fridge 1",
@@ -139,8 +162,6 @@ INVALID = {
     "bare sign": '{"thoughts": "a", "action": =}',
     "quotes in bare words": "{'thoughts': 'a', 'action': go to \"fridge\" 1}",
     "half a formula quoted": """{'thoughts': 'a', 'action': '8-4'*6}""",
-    "two repaired actions": """{"thoughts": "a", action: add" "action": "+"}""",
-    "two repaired objects": "{'thoughts': 'a', 'action': '1'} {'thoughts': 'b', 'action': '2'}",
     "blanks to no end": "{'thoughts': 'a', 'action'" + " " * 19_000 + "(}",
     "deep": "[" * 100_000,
     "deep object": '{"a":' * 100_000,

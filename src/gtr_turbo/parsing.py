@@ -5,6 +5,7 @@ What a model writes is data: nothing here raises on any text, and nothing evalua
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import Any
 
 MAX_REPAIR = 20_000  # characters; a longer reply that is no JSON is not worth repairing
 MAX_OPEN = 200  # braces and brackets; a reply with more is refused, so that nothing nests deeply
+MAX_TRIED = 3  # places where a first object may end and another begin
+_NEXT = re.compile(r"\}\s*\{")
 _COLON = re.compile(r"\s*:")
 _ACTION = re.compile(r"""["']?\baction["']?\s*:""")  # of replies that are not strict JSON
 _WORD = re.compile(r"""["']?\baction\b""")
@@ -73,6 +76,10 @@ def _load(text: str) -> tuple[Any, bool]:
         pass  # not strict JSON: repaired below, or None
     if len(text) > MAX_REPAIR or not text.rstrip("` \n\t").endswith("}"):
         return None, False
+    for behind in itertools.islice(_NEXT.finditer(text), MAX_TRIED):
+        first = _repaired(text[: behind.start() + 1])  # of several objects, the last would win
+        if isinstance(first, dict) and "action" in first:
+            return first, False
     return _repaired(text), False
 
 
@@ -101,11 +108,22 @@ def _action_found(text: str) -> int:
     return -1
 
 
-def _stands(action: str, text: str) -> bool:
-    """Whether the member that `text` begins with has this value, whole: a repair may give half of `(8-4)*6`."""
-    quoted = re.sub(r"""(["'])""", r"\\\\?\1", re.escape(action))
-    value = rf"""["'“]?action["'”]?\s*+:?\s*+["'“]?\s*+{quoted}\s*+["'”]?\s*+"""
-    return re.match(value + r"""(?:$|[,;}]|["'“]?\w++["'”]?\s*+:)""", text) is not None
+def _stands(action: str, text: str, start: int) -> bool:
+    """Whether a member `"action"` from `start` on has this value, whole: a repair may give half of `(8-4)*6`."""
+    blanks = r"(?:\s|\\[nrt])*+"
+    value = "".join(
+        rf"\\?{char}" if char in "\"'" else rf"(?:{re.escape(char)}|(?i:{_escape(char)}))"
+        for char in action
+    )
+    key = r"""["'“]?\w++["'”]?\s*+:"""
+    quoted = rf"""["'“]{blanks}{value}{blanks}["'”]\s*+(?:$|[,;}}\].)]|//|/\*|{key})"""
+    bare = rf"""["'“]?\s*+{value}\s*+(?:$|[,;}}\]]|{key})"""
+    member = re.compile(rf"""\baction["'”]?\s*+:?\s*+(?:{quoted}|{bare})""")
+    return member.search(text, start) is not None
+
+
+def _escape(char: str) -> str:
+    return re.escape(json.dumps(char)[1:-1])
 
 
 def parse(text: str, required: Sequence[str]) -> Parsed:
@@ -114,7 +132,8 @@ def parse(text: str, required: Sequence[str]) -> Parsed:
     Text before the first `{` and a code fence around the object are allowed; single quotes, a missing
     comma and the like are repaired if the object is closed. A key given twice has its last value; the
     action then begins where the key first stands, so that no part of any action counts as thought. A repaired
-    reply whose action is not all that stands behind that key is not valid: a repair may cut it.
+    reply in which the action is not all that stands behind such a key is not valid: a repair may cut it. Of
+    several objects the first counts.
 
     Args:
         text: the reply without its end token.
@@ -133,7 +152,7 @@ def parse(text: str, required: Sequence[str]) -> Parsed:
         return Parsed()
     at = _action_begins(text[start:], required) if strict else _action_found(text[start:])
     action = str(action).strip()
-    if at < 0 or not (strict or _stands(action, text[start + at :])):
+    if at < 0 or not (strict or _stands(action, text, start + at)):
         return Parsed()
     return Parsed(
         fields=value,

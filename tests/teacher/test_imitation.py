@@ -90,6 +90,7 @@ def test_an_answer_that_cannot_be_read_gives_no_target(policy, teacher):
         ("'action': '+'}", "+"),
         ('action: "+"}', "+"),
         ('"action": "+",}', "+"),
+        ('action: add" "action": "+"}', "+"),
         ("'action': 7}", 7),
         ("'action': 'go \"north\"'}", 'go "north"'),
     ],
