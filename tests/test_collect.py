@@ -287,6 +287,15 @@ def test_an_episode_that_ends_without_a_word_about_success_is_told(monkeypatch):
         envs.step(0, "1")
 
 
+def test_one_environment_that_cannot_be_closed_does_not_keep_the_others_open(monkeypatch):
+    envs, closed = started(), []
+    for i, env in enumerate(envs._envs):
+        monkeypatch.setattr(env, "close", lambda i=i: closed.append(i) or 1 / (i - 1))
+    with pytest.raises(ZeroDivisionError):
+        envs.close()
+    assert sorted(closed) == [0, 1, 2]
+
+
 def test_an_evaluation_plays_each_numbered_task_once_before_any_again():
     envs = started()
     played = []

@@ -122,6 +122,7 @@ def test_prompts_are_counted_by_words_where_there_is_no_tokenizer(capsys):
     # "Go", " to", " ", "1", ", ", "count"+"ertop"... : letters by six, a digit each, a blank with its word
     assert estimated_tokens("Go to 12, countertop") == 1 + 1 + 1 + 2 + 1 + 2
     assert estimated_tokens("") == 0
+    assert estimated_tokens("手牌 3") == 2 + 1 + 1
     assert main(["plan", "--config", "alfworld-qwen3-vl-2b", "--gpus", "1x80GB", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert any("were counted by words" in line for line in found["assumptions"])

@@ -8,6 +8,7 @@ an episode is a function of its seed and its actions, and resuming replays it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,8 +94,9 @@ class Envs:
 
     def close(self) -> None:
         """Free what the environments hold; the end of a `with` does so too."""
-        for env in self._envs:
-            env.close()
+        with ExitStack() as stack:  # all, even if one raises
+            for env in self._envs:
+                stack.callback(env.close)
 
     def start(self) -> None:
         """Begin the first episode everywhere."""
@@ -300,7 +302,8 @@ def rescore(turns: list[Turn], policy: Policy, size: int) -> list[Turn]:
     In bfloat16 decoding and scoring round differently; the ratio of the first minibatch is 1 again then.
     """
     renewed: list[Turn] = []
-    longest = max(len(t.observed.prompt_ids) + len(t.reply.response_ids) for t in turns)
+    longest = max(len(t.observed.prompt_ids) for t in turns)
+    longest += max(len(t.reply.response_ids) for t in turns)
     size = min(size, max(1, PASS_TOKENS // longest))
     for at in range(0, len(turns), size):
         part = turns[at : at + size]

@@ -172,8 +172,11 @@ def export(
         shard_bytes=shard_bytes,
         progress=progress,
     )
-    for given in filter(None, (*report.manifest["checkpoints"], report.manifest["base"])):
+    for given in report.manifest["checkpoints"]:
         given["path"] = Path(given["path"]).resolve().name
+    if (given := report.manifest["base"]) is not None:  # of the hub's cache the last part is a hash
+        hub = source.base or name
+        given["path"] = hub if is_hub_name(hub or "") else Path(given["path"]).resolve().name
     checkpoint.write_atomically(out / MANIFEST, json.dumps(report.manifest, indent=1) + "\n")
     text = model_card(
         base=source.base or name or "not known",

@@ -190,9 +190,11 @@ class Learner:
 
     def close(self) -> None:
         """Stop what runs beside the trainer, and free the environments."""
-        self._envs.close()
-        if self.engine is not None:
-            self.engine.close()
+        try:
+            self._envs.close()
+        finally:
+            if self.engine is not None:
+                self.engine.close()
 
     def save(self, run: Path, **state: Any) -> None:
         """Write a checkpoint of the run's `state` and of everything here; all ranks must call it.

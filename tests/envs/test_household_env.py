@@ -8,7 +8,7 @@ from kitchen import kitchen
 
 from gtr_turbo.collect import Envs
 from gtr_turbo.config import EnvConfig
-from gtr_turbo.envs import ContractError, make_env
+from gtr_turbo.envs import ContractError, check_env, make_env
 from gtr_turbo.envs.household import files
 from gtr_turbo.envs.household.generator import generate, scenes
 from gtr_turbo.envs.household.worker import WorkerError
@@ -224,6 +224,29 @@ def test_given_game_files_are_played(tmp_path):
     assert {env.reset(seed=seed)[1]["task"] for seed in range(20)} == {CLEAN, LIGHT}
     env = make_env("Household-Light", games=str(tmp_path))
     assert {env.reset(seed=seed)[1]["task"] for seed in range(9)} == {LIGHT}
+
+
+def test_games_are_left_out_by_their_own_names_not_by_folders_above(tmp_path, monkeypatch):
+    folder = tmp_path / "removable"
+    files.export(generate(np.random.default_rng(0), task=LIGHT), folder / "games", "g", [])
+    monkeypatch.chdir(folder)
+    assert make_env("Household", games="games").reset(seed=0)[1]["task"] == LIGHT
+
+
+def test_a_fault_while_an_environment_is_checked_is_not_its_dynamics(monkeypatch):
+    env = make_env("Household")
+    plain, calls = env.unwrapped._backend.step, []
+
+    def step(command):
+        calls.append(command)
+        if len(calls) == 3:
+            raise WorkerError("crash: gone")
+        return plain(command)
+
+    monkeypatch.setattr(env.unwrapped._backend, "step", step)
+    with pytest.warns(match="gone"):
+        check_env(env, episodes=1)
+    assert len(calls) > 3
 
 
 def test_an_evaluation_plays_each_given_game_once(tmp_path):

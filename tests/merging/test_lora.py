@@ -793,6 +793,20 @@ def test_adapters_as_a_run_resumes_from_them_are_refused(tmp_path):
     refused(files, tmp_path / "out", files[0], "lora_A.default", "folders", method="linear")
 
 
+def test_a_full_model_may_have_layers_that_are_named_as_factors(tmp_path):
+    """As Phi-4-multimodal has."""
+    names = ("x.base_layer.weight", "x.lora_A.vision.weight", "x.lora_B.vision.weight")
+    files = [
+        save(tmp_path / f"{k}.safetensors", {name: noise(k, (2, 2))[0] for name in names})
+        for k in range(2)
+    ]
+    merge(files, tmp_path / "out", method="linear")
+    merged = load_file(tmp_path / "out/model.safetensors")
+    assert set(merged) == set(names)
+    mean = (noise(0, (2, 2))[0] + noise(1, (2, 2))[0]) / 2
+    torch.testing.assert_close(merged[names[1]], mean)
+
+
 def test_adapters_of_different_modules_are_refused(base, three, tmp_path):
     paths, _ = three
     train(base, tmp_path / "fewer", 5, target_modules=["q_proj", "k_proj"])

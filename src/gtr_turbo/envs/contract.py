@@ -10,6 +10,7 @@ The contract, on top of `gymnasium.Env`:
 * `info["success"]`: bool, present in the info of the last step of an episode;
 * optional `info["task"]`: str, the type of the episode's task, in the info of its reset or its last step;
 * optional `info["goal_conditions"]`: the fraction of the goal that is met, in the info of the last step;
+* optional `info["fault"]`: what failed beside the agent and ended the episode;
 * optional `judge(reply)`: facts about a parsed reply in the current state, any of `"perception"`
   (what it says it sees is there), `"plan"` (its plan reaches the goal), `"agreement"` (its action
   is the plan's next step);
@@ -301,6 +302,8 @@ def _check_repeats(name: str, env: Env) -> None:
         for _ in range(REPEATED):
             action = _action(name, info, rng)
             observation, reward, done, info = _check_step(name, env, action)
+            if "fault" in info:  # a worker's: nothing can be said
+                return
             course.append((f"step({action!r})", observation, (reward, done)))
             if done:
                 break

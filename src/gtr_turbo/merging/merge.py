@@ -306,9 +306,11 @@ def _prepare(
     if form != "dense" or rank is not None:
         raise MergeError(f"{paths[0]} is a full model: form {form!r} and rank are for adapters")
     opened = [stack.enter_context(Checkpoint.open(path)) for path in paths]
-    if factor := next(filter(lora.HALF.search, opened[0].entries), None):
+    halves = list(filter(lora.HALF.search, opened[0].entries))
+    # a full model may have layers of its own with such names, but not nothing else
+    if len(halves) == len(opened[0].entries) or any(map(lora.FACTOR.match, halves)):
         raise MergeError(
-            f"{paths[0]} holds {factor!r}, half of an adapter's change, which cannot be merged apart from the "
+            f"{paths[0]} holds {halves[0]!r}, half of an adapter's change, which cannot be merged apart from the "
             "other; give the adapters' folders, with adapter_config.json"
         )
     if recipe.row.base and opened_base is None:

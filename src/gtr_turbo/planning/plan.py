@@ -119,7 +119,7 @@ def read_lengths(config: TrainConfig, prompt: int | None, notes: list[str]) -> L
 
     folder = local_folder(config.model.path)
     name = shape_name(config.model.path)
-    prompts, frames = _seen(config)
+    prompts, frame = _seen(config)
     if folder is not None and (Path(folder) / "preprocessor_config.json").is_file():
         images = Qwen2VLImageProcessorPil.from_pretrained(folder)
     elif name is not None:
@@ -134,24 +134,22 @@ def read_lengths(config: TrainConfig, prompt: int | None, notes: list[str]) -> L
         raise ConfigError(
             f"{folder} has no preprocessor_config.json, which says how many tokens an image is"
         )
-    grid = images(images=[frames[0]], return_tensors="pt")["image_grid_thw"]
+    grid = images(images=[frame], return_tensors="pt")["image_grid_thw"]
     image = int(grid.prod()) // images.merge_size**2
     if prompt is None:
         words_of = folder if folder and (Path(folder) / "tokenizer.json").is_file() else None
         words: Any = AutoTokenizer.from_pretrained(words_of or model_folder("tiny-qwen3-vl"))
         if words_of is None:
-            longest = (
-                len(_ids(words, "")) - 1 + max(estimated_tokens(text) for text in set(prompts))
-            )
+            longest = len(_ids(words, "")) - 1 + max(map(estimated_tokens, prompts))
             notes.append(
                 f"prompts were counted by words, a token for each {LETTERS} letters, as the model's tokenizer is "
                 "not here; --prompt-tokens N gives another length"
             )
         else:  # one placeholder is there already
-            longest = max(len(_ids(words, text)) for text in set(prompts)) - 1
+            longest = max(len(_ids(words, text)) for text in prompts) - 1
         prompt = longest + image
         notes.append(
-            f"prompt: the longest of {len(prompts)}, in {LOOKED_AT} episodes played at random"
+            f"prompt: the longest of {len(prompts)} different ones, in {LOOKED_AT} episodes played at random"
         )
     if prompt < image:
         raise ConfigError(f"--prompt-tokens {prompt} is less than the {image} tokens of the image")
@@ -161,11 +159,14 @@ def read_lengths(config: TrainConfig, prompt: int | None, notes: list[str]) -> L
 def estimated_tokens(text: str) -> int:
     """Tokens of a text by a tokenizer of Qwen's kind, which is not here: it cuts as `PIECES`, then words.
 
-    A blank goes with the word behind it; a digit is a token.
+    A blank goes with the word behind it; a digit is a token, and so is a letter that is not ASCII's.
     """
     pieces: list[str] = PIECES.findall(text)
     blanks = sum(a == " " and b.isalpha() for a, b in itertools.pairwise(pieces))
-    return sum(math.ceil(len(p) / LETTERS) if p.isalpha() else 1 for p in pieces) - blanks
+    sizes = (
+        len(p) if not p.isascii() else math.ceil(len(p) / LETTERS) for p in pieces if p.isalpha()
+    )
+    return sum(sizes) + sum(not p.isalpha() for p in pieces) - blanks
 
 
 def _ids(words: Any, text: str) -> list[int]:
@@ -176,23 +177,23 @@ def _ids(words: Any, text: str) -> list[int]:
     return list(words(chat, add_special_tokens=False)["input_ids"])
 
 
-def _seen(config: TrainConfig) -> tuple[list[str], list[np.ndarray]]:
-    """Prompts and frames of some environments, played with random actions where they are listed."""
+def _seen(config: TrainConfig) -> tuple[set[str], np.ndarray]:
+    """Prompts of some environments, played with random actions where they are listed; and a frame."""
     rng = np.random.default_rng(config.seed)
-    prompts, frames = [], []
+    prompts: set[str] = set()
     with Envs(config.env, config.env.train_split, config.seed, count=LOOKED_AT) as envs:
         envs.start()
+        frame: np.ndarray = envs.observations[0]["image"]
         for i in range(LOOKED_AT):
             for _ in range(LONGEST):
-                prompts.append(envs.observations[i]["prompt"])
-                frames.append(envs.observations[i]["image"])
+                prompts.add(envs.observations[i]["prompt"])
                 actions = envs.infos[i].get("actions")
                 if not actions:
                     break
                 outcome = envs.step(i, str(rng.choice(actions)))
                 if outcome.terminated or outcome.truncated:
                     break
-    return prompts, frames
+    return prompts, frame
 
 
 def make_plan(
@@ -226,6 +227,8 @@ def make_plan(
             raise ConfigError(
                 f"{key}={number} must be a multiple of the {ranks} GPUs, which share it; give --{key}"
             )
+    if config.distributed.shard and ranks == 1:
+        raise ConfigError("distributed.shard=true needs several GPUs: give --gpus 2x80GB or so")
     config.check_world(ranks)
     notes: list[str] = []
     shadow = Shadow(config.model)  # refuses a model that is not known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,9 @@ def add_adapters(base: Any, config: ModelConfig, *, planned: bool = False) -> An
                 return PeftModel.from_pretrained(
                     base, config.adapter, is_trainable=True, config=made
                 )
-            except (RuntimeError, ValueError) as error:  # other sizes; no layer of these names
+            except (RuntimeError, ValueError) as error:
+                if not re.search("size mismatch|Target modules", str(error)):
+                    raise
                 raise ConfigError(
                     f"model.adapter={config.adapter!r}, made on {made.base_model_name_or_path}, does not fit "
                     f"model.path={config.path!r}: {str(error).strip().splitlines()[-1].strip()}"

@@ -149,7 +149,7 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
         if backend == "thor":
             tasks = find_tasks(games, self._type)
             return Thor(tasks, self._size, Limits.of(limits or {}))
-        given = files.find(Path(games).resolve(), self._type) if games is not None else ()
+        given = files.find(Path(games).absolute(), self._type) if games is not None else ()
         if backend == "textworld":
             return TextWorld(self._type, self._split, given, Limits.of(limits or {}))
         if limits is not None:

@@ -371,7 +371,7 @@ def find(path: Path, task: str | None = None) -> tuple[Path, ...]:
     playable = tuple(
         file
         for file in found
-        if not re.search("movable|Sliced", file.as_posix())
+        if not re.search("movable|Sliced", "/".join(file.parts[-3:]))
         and (task is None or file.parent.parent.name.startswith(f"{task}-"))
         and _SOLVABLE.search(file.read_bytes())
     )

@@ -65,7 +65,7 @@ def find_tasks(games: str | None, task: str | None) -> list[Path]:
     playable = [
         file
         for file in found
-        if not re.search("movable|Sliced", file.as_posix())
+        if not re.search("movable|Sliced", "/".join(file.parts[-3:]))
         and (task is None or file.parent.parent.name.startswith(f"{task}-"))
     ]
     if not playable:
