@@ -239,6 +239,13 @@ BROKEN = {
 }
 
 
+def test_an_expert_may_not_be_there():
+    def none(self, rng):
+        raise ContractError("no expert with these options")
+
+    check_env(broken(demonstrate=none))
+
+
 def test_frames_of_a_simulator_may_differ_where_it_says_so():
     class Simulator(Sound):
         same_frames = False
