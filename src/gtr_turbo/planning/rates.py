@@ -132,9 +132,8 @@ def update_seconds(
     again = config.rollout.rescore or config.rollout.engine == "vllm"
     moved = 2 * shadow.exchanged * shadow.itemsize / (rates.bus_gb_s * 1e9)
     asking = scoring + moved
-    if (
-        config.guidance.estimator == "full"
-    ):  # the agent again, and the teacher put in place for each micro-batch
+    if config.guidance.estimator == "full":
+        # the agent is asked again, and the teacher put in place for each micro-batch
         asking = 2 * scoring + moved * turns / microbatch
     reduced = 2 * trained_bytes(shadow) * (ranks - 1) / ranks / (rates.network_gb_s * 1e9)
     return {
