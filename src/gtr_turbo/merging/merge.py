@@ -308,7 +308,7 @@ def _prepare(
     opened = [stack.enter_context(Checkpoint.open(path)) for path in paths]
     halves = list(filter(lora.HALF.search, opened[0].entries))
     # a full model may have layers of its own with such names, but not nothing else
-    if len(halves) == len(opened[0].entries) or any(map(lora.FACTOR.match, halves)):
+    if halves and (len(halves) == len(opened[0].entries) or any(map(lora.FACTOR.match, halves))):
         raise MergeError(
             f"{paths[0]} holds {halves[0]!r}, half of an adapter's change, which cannot be merged apart from the "
             "other; give the adapters' folders, with adapter_config.json"

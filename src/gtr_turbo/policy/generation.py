@@ -53,6 +53,31 @@ def _joined(caches: list[Any]) -> Any:
     return whole
 
 
+def _read(
+    policy: Policy, observed: list[Observed], ids: Tensor, mask: Tensor, positions: Tensor
+) -> tuple[Any, Tensor, Tensor]:
+    """Read prompts (B, P), some at a time: their cache, logits (B, V) and hidden states (B, D) of their ends."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    text = policy.model.config.get_text_config()
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=text).layers)
+    caches, logits, read = [], [], []
+    for part in parts(*ids.shape) if plain else [slice(len(ids))]:
+        caches.append(DynamicCache(config=text))
+        output, hidden = policy.forward_hidden(
+            input_ids=ids[part],
+            attention_mask=mask[part],
+            position_ids=positions[..., part, :],
+            past_key_values=caches[-1],
+            use_cache=True,
+            logits_to_keep=1,
+            **policy.image_arguments(observed[part]),
+        )
+        logits.append(output.logits[:, -1])
+        read.append(hidden[:, 0].float())
+    return _joined(caches), torch.cat(logits), torch.cat(read)
+
+
 @torch.no_grad()
 def generate(
     policy: Policy,
@@ -73,8 +98,6 @@ def generate(
         greedy: take the likeliest token instead of sampling.
         temperature: to draw at, if not the policy's own; the log-probs recorded are the policy's own all the same.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
     device, pad_id = policy.device, policy.processor.pad_token_id
     empty = torch.zeros(0, dtype=torch.long)
     inputs = make_inputs(observed, [empty] * len(observed), pad_id)
@@ -83,29 +106,14 @@ def generate(
     if positions is None:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
     positions = positions.to(device)
-    batch, text = len(observed), policy.model.config.get_text_config()
-    caches, ends, read = [], [], []
-    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=text).layers)
-    for part in parts(batch, mask.shape[1]) if plain else [slice(batch)]:
-        caches.append(DynamicCache(config=text))
-        output, hidden = policy.forward_hidden(
-            input_ids=inputs.prompt_ids[part].to(device),
-            attention_mask=mask[part],
-            position_ids=positions[..., part, :],
-            past_key_values=caches[-1],
-            use_cache=True,
-            logits_to_keep=1,
-            **policy.image_arguments(observed[part]),
-        )
-        ends.append(output.logits[:, -1])
-        read.append(hidden[:, 0].float())
-    cache, logits, first = _joined(caches), torch.cat(ends), torch.cat(read)
+    seen = inputs.prompt_ids.to(device)
+    cache, logits, first = _read(policy, observed, seen, mask, positions)
     head = policy.value_head(first).cpu()
+    batch = len(observed)
     ids = torch.full((batch, sampling.max_new_tokens), pad_id, dtype=torch.long)
     logprobs = torch.zeros((batch, sampling.max_new_tokens))
     lengths = torch.zeros(batch, dtype=torch.long)
     rows = torch.arange(batch)  # which reply each row of the running batch writes
-    seen = inputs.prompt_ids.to(device)
     seen = torch.where(mask.bool(), seen, seen[:, -1:])  # padding was not: a token that was, twice
     multimodal = positions.ndim == 3
     last = positions.amax(dim=(0, 2)) if multimodal else positions[:, -1]  # (B,)
