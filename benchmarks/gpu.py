@@ -5,8 +5,9 @@
 Nothing is downloaded: the models have the published shapes and random weights, the tokenizer is that of the
 shipped starter, and prompts hold as many image tokens as the real ones. Random weights never end a reply, so
 every reply has `--reply-tokens`. Each part is set against the rates of memory, matrix product and bus that the
-same run measured. Results are written part by part (OUT.json, OUT.md), so a run that is cut keeps what it has.
-`--small` takes the same path with tiny models on the CPU.
+same run measured. Results are written part by part (OUT.json, OUT.md), so a run that is cut keeps what it has; a
+part that fails is written with its error, the others are measured, and the exit status is 1.
+`--small` takes the same path with tiny models on the CPU. `--save DIR` writes such a model, for `gtr-turbo train`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import itertools
 import json
 import math
 import platform
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +32,7 @@ from unittest import mock
 import torch
 
 from gtr_turbo.collect import Envs
-from gtr_turbo.config import TrainConfig
+from gtr_turbo.config import ModelConfig, TrainConfig
 from gtr_turbo.learning.update import make_optimizer
 from gtr_turbo.planning.architectures import SHAPES, published
 from gtr_turbo.policy import loading, model, starter
@@ -87,27 +90,36 @@ def architecture(name: str, *, small: bool = False) -> Any:
     return published(name, text=text, vision=vision, **special)
 
 
-def make_policy(name: str, config: TrainConfig, folder: Path, *, small: bool) -> Policy:
-    """The policy of a recipe around random weights, made where they stay."""
-    from transformers import AutoModelForImageTextToText
+def save_processor(name: str, folder: Path) -> None:
+    """The starter's tokenizer, and the image processor of the published model."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    own, shape = config.model, SHAPES[name]
+    shape = SHAPES[name]
     starter.tokenizer().save_pretrained(folder)
     Qwen2VLImageProcessorPil(
         patch_size=shape["vision"]["patch_size"], temporal_patch_size=2, merge_size=2, size=shape["pixels"]
     ).save_pretrained(folder)  # fmt: skip
 
-    def load(_: Any) -> Any:
-        with torch.device(own.device):
-            return AutoModelForImageTextToText.from_config(
-                architecture(name, small=small),
-                dtype=loading.DTYPES[own.dtype],
-                attn_implementation=own.attention,
-            )
 
-    with mock.patch.object(model, "load", load):
-        policy = Policy(replace(own, path=str(folder)), temperature=config.sampling.temperature)
+def random_weights(name: str, own: ModelConfig, *, small: bool) -> Any:
+    """The model with random weights, made where they stay."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device(own.device):
+        return AutoModelForImageTextToText.from_config(
+            architecture(name, small=small),
+            dtype=loading.DTYPES[own.dtype],
+            attn_implementation=own.attention,
+        )
+
+
+def make_policy(name: str, config: TrainConfig, folder: Path, *, small: bool) -> Policy:
+    """The policy of a recipe around random weights."""
+    save_processor(name, folder)
+    with mock.patch.object(model, "load", lambda own: random_weights(name, own, small=small)):
+        policy = Policy(
+            replace(config.model, path=str(folder)), temperature=config.sampling.temperature
+        )
     with torch.no_grad():
         for parameter_name, parameter in policy.trained().items():
             if "lora_B" in parameter_name:  # as of a run that has begun: fresh ones are 0
@@ -382,7 +394,7 @@ def recipe(name: str, *, small: bool, device: str, envs: int) -> TrainConfig:
         config,
         model=own,
         env=replace(config.env, num_envs=envs),
-        rollout=replace(config.rollout, turns_per_env=2, max_logprob_gap=100.0),
+        rollout=replace(config.rollout, turns_per_env=2),
         ppo=ppo,
         env_steps=max(config.env_steps, 2 * envs),
     )
@@ -433,14 +445,18 @@ def run_model(
             found[part] = {"left_out": "the minutes were over"}
         else:
             gc.collect()
-            if cuda:
-                torch.cuda.empty_cache()
-                _reset_peak()
             try:
+                if cuda:
+                    torch.cuda.empty_cache()
+                    _reset_peak()
                 found[part] = measure(bench)
             except torch.OutOfMemoryError as error:
                 policy.zero_grad(set_to_none=True)
                 found[part] = {"left_out": f"out of memory: {str(error).splitlines()[0]}"}
+            except Exception as error:  # a rented GPU is not to be left without the other parts
+                traceback.print_exc()
+                policy.zero_grad(set_to_none=True)
+                found[part] = {"failed": repr(error)}
             if cuda:
                 found[part]["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         print(name, part, found[part], flush=True)
@@ -490,6 +506,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny models, on the CPU")
+    parser.add_argument(
+        "--save",
+        type=Path,
+        help="only write the first of --models, with random weights, to this folder",
+    )
     parser.add_argument("--host", action="store_true", help="only print the host memory of a run")
     options = parser.parse_args(arguments)
     if options.host:
@@ -499,6 +520,12 @@ def main(arguments: list[str] | None = None) -> None:
         options.device, options.envs, options.reply_tokens, options.published_steps = "cpu", 2, 6, 1
     elif not torch.cuda.is_available():
         parser.exit(2, "there is no CUDA device here; --small takes the same path on the CPU\n")
+    if options.save:
+        name = options.models[0]
+        own = recipe(name, small=options.small, device=options.device, envs=options.envs).model
+        save_processor(name, options.save)
+        random_weights(name, own, small=options.small).save_pretrained(options.save)
+        return
     began = time.perf_counter()
     device = torch.device(options.device)
     dtype = torch.float32 if options.small else torch.bfloat16
@@ -518,6 +545,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not options.small:
             torch.cuda.empty_cache()
     write(options.out, result)
+    parts = [part for found in result["models"].values() for part in found.values()]
+    if any("failed" in part for part in parts):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
