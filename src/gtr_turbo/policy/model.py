@@ -22,6 +22,7 @@ from gtr_turbo.distributed.ranks import ALONE, Ranks
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.loading import load, takes_features
 from gtr_turbo.policy.processing import Processor
+from gtr_turbo.policy.tower import attend_by_length
 from gtr_turbo.policy.weights import Weights
 from gtr_turbo.turns.turn import Observed
 
@@ -67,6 +68,7 @@ class Policy(Weights):
         teacher_rank: int | None = None,
     ) -> None:
         base = load(config)
+        attend_by_length(base)
         super().__init__(
             config, base, seed=seed, ranks=ranks, shard=shard, teacher_rank=teacher_rank
         )
