@@ -134,7 +134,7 @@ def main() -> None:
     config: TrainConfig = build_config(TrainConfig, read_config(config_file(options.config)))
     torch.set_num_threads(1)
     policy = Policy(config.model, temperature=config.sampling.temperature)
-    policy.load_teacher({name: torch.zeros_like(delta) for name, delta in policy.deltas()})
+    policy.load_start()
     teacher = copy.deepcopy(policy.model).eval()
     many = Envs(config.env, config.env.train_split, 0)
     one = Envs(config.env, config.env.train_split, 1, count=1)

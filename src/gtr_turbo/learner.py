@@ -93,9 +93,7 @@ class Learner:
     def begin(self) -> dict[str, Any]:
         """The start of a run: the first episodes, and the starting model as teacher. No state is known yet."""
         self._envs.start()
-        self.policy.load_teacher(
-            (name, torch.zeros_like(delta)) for name, delta in self.policy.deltas()
-        )
+        self.policy.load_start()
         return {}
 
     def resume(self, run: Path) -> dict[str, Any]:

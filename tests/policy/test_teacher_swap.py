@@ -124,6 +124,18 @@ def test_the_change_of_the_student_gives_the_student(either, form):
         torch.testing.assert_close(logprobs(policy), own, atol=1e-4, rtol=0)
 
 
+@FORMS
+def test_the_start_can_be_the_teacher_also_of_weights_that_moved(either, form):
+    policy = make_policy(either, **form)
+    begun = logprobs(policy)
+    perturb(policy)
+    assert (logprobs(policy) - begun).abs().max() > 1e-3
+    policy.load_start()
+    assert policy.teacher_distance() == 0
+    with policy.as_teacher():
+        assert torch.equal(logprobs(policy), begun)
+
+
 def test_changes_of_adapters_are_scale_times_b_times_a(tiny):
     policy = make_policy(tiny, **LORA)
     assert all((delta == 0).all() for _, delta in policy.deltas())

@@ -191,7 +191,7 @@ class Ranks:
         return found
 
     def spread(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The first rank's float32 tensors on the CPU, bit for bit, on every rank, one after the other.
+        """The first rank's float32 tensors, bit for bit, on every rank's device, one after the other.
 
         What the others give is not read. All ranks must take all of them.
         """
@@ -207,7 +207,7 @@ class Ranks:
             moved = (own if self.first else torch.empty(shape)).to(self.device).contiguous()
             with self._talk(moved):
                 dist.broadcast(moved, 0)
-            yield name, moved.cpu()
+            yield name, moved
 
     def agree(self, what: str, value: Any) -> None:
         """Check that a JSON value is the same everywhere.

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gtr_turbo.merging.arrays import INFINITE, Floats, Numbers
+from gtr_turbo.merging import arrays
+from gtr_turbo.merging.arrays import INFINITE, Counts, Floats, Numbers
 from gtr_turbo.merging.methods import Recipe, Rows, drop_keys, factors, merge_chunks
 from gtr_turbo.merging.trim import Cut, backend, cut_of, keep_count
 
@@ -168,15 +169,22 @@ def low_rank(change: Tensor, rank: int, *, passes: int = 4) -> tuple[Tensor, Ten
 
 
 def _find_cut(delta: Tensor, density: float) -> Cut:
-    """`cut_of` by torch."""
+    """`cut_of` by torch; its `kthvalue` works with one block of a GPU, histograms with all."""
     count = delta.numel()
     keep = keep_count(count, density)
     if keep >= count:
         return Cut(0, count, 0)
-    size = delta.abs().flatten()
-    threshold = size.kthvalue(count - keep + 1).values
-    need = keep - int((size > threshold).sum())
-    return Cut(int(threshold.view(torch.int32)), need, int((size == threshold).sum()))
+    size = delta.abs().flatten().view(torch.int32)
+    upper = size >> 16
+    place, rank, _ = arrays.descend(_histogram(upper, 15), keep)
+    lower, need, ties = arrays.descend(_histogram(size[upper == place] & 0xFFFF, 16), rank)
+    return Cut(place << 16 | lower, need, ties)
+
+
+def _histogram(numbers: Tensor, bits: int) -> Counts:
+    """How often each number below 2^`bits` occurs."""
+    counts: Counts = torch.bincount(numbers, minlength=1 << bits).cpu().numpy()
+    return counts
 
 
 def _keep(delta: Tensor, cut: Cut) -> Tensor:

@@ -212,9 +212,11 @@ class Weights(nn.Module):
     def load_teacher(self, change: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """Make `start + change` the teacher, rounded once to the type of the weights.
 
+        The sums are made where the model is: at 7B they are 7 billion, and take a minute on a host.
+
         Args:
-            change: for every name that `deltas` yields, a float32 tensor on the CPU, the same on all ranks; as
-                pairs, they may be made one after the other.
+            change: for every name that `deltas` yields, a float32 tensor, the same on all ranks; as pairs, they may
+                be made one after the other.
 
         Raises:
             KeyError: a name is missing or unknown. There is no teacher then.
@@ -232,17 +234,19 @@ class Weights(nn.Module):
         for name, tensor in pairs:
             if name not in start:
                 raise KeyError(f"teacher tensors do not match: [{name!r}] is unknown")
-            begun, first = start[name].float(), torch.zeros(())
+            tensor = tensor.to(self.device)
+            begun, first = start[name].to(self.device).float(), torch.zeros(())
             if self._first_factors:
                 first = self._first_change(name, layers[name])
-                begun = begun + part_of(first, replaced[name]).cpu()
-            given = part_of(tensor, replaced[name]).cpu()
-            teacher[name].copy_(begun + given)
-            if given.dtype != teacher[name].dtype:  # beside what the start itself loses
-                kept = teacher[name].float() - begun.to(teacher[name].dtype).float()
+                begun = begun + part_of(first, replaced[name])
+            given = part_of(tensor, replaced[name])
+            made = (begun + given).to(teacher[name].dtype)
+            teacher[name].copy_(made)
+            if given.dtype != made.dtype:  # beside what the start itself loses
+                kept = made.float() - begun.to(made.dtype).float()
                 lost[name] = float((given - kept).square().sum())
             if self.cut is not None:
-                self.cut.take(name, tensor.to(self.device), first)
+                self.cut.take(name, tensor, first)
             squares[name] = float((tensor**2).sum())
         if len(squares) < len(start):
             missing = sorted(set(start) - set(squares))
@@ -252,6 +256,13 @@ class Weights(nn.Module):
         total = sum(lost[name] for name in sorted(lost))
         self._teacher_lost = math.sqrt(self.ranks.total(total) if self.sharded else total)
         self._teacher = teacher
+
+    def load_start(self) -> None:
+        """Make the run's starting point the teacher."""
+        self.load_teacher(
+            (name, torch.zeros(tensor.shape, device=self.device))
+            for name, tensor in self._replaced().items()
+        )
 
     def teacher_state(self) -> dict[str, Tensor]:
         """The teacher's tensors, exactly; all ranks must call it.

@@ -164,7 +164,7 @@ class FactorHistory(History):
         return change.numel(), _zeros(change)
 
     def merged(self) -> Iterator[tuple[str, Tensor]]:
-        """`merge`, one layer after the other, on the CPU."""
+        """`merge`, one layer after the other, where `change_of` makes changes."""
         if not self.count:
             raise RuntimeError("there is nothing to merge: no checkpoint was added")
         for name, checkpoints in self._factors.items():
@@ -173,7 +173,7 @@ class FactorHistory(History):
             for k, factors in enumerate(checkpoints):
                 cuts[k] = layer.fold(name, self._change_of(name, factors), k, cuts[k])
             layer.count = self.count
-            yield name, layer.merge()[name].cpu()
+            yield name, layer.merge()[name]
 
     def state(self) -> dict[str, Tensor]:
         """All tensors, by checkpoint and layer."""
