@@ -84,7 +84,7 @@ def update_bytes(shadow: Shadow, lengths: Lengths, turns: int) -> dict[str, int]
     if not config.gradient_checkpointing:
         kept += layer.kept * len(shadow.layers)
         working = layer.peak - layer.kept
-    tower = 0
+    tower = pixels = 0
     if config.vision == "trained":
         vision = shadow.architecture.vision_config
         patches = lengths.image * vision.spatial_merge_size**2
@@ -92,12 +92,15 @@ def update_bytes(shadow: Shadow, lengths: Lengths, turns: int) -> dict[str, int]
         tower = turns * patches * vision.hidden_size * shadow.itemsize * len(shadow.blocks)
         if not config.gradient_checkpointing:
             tower += turns * block.kept * len(shadow.blocks)
+        numbers = turns * patches * 3 * vision.temporal_patch_size * vision.patch_size**2
+        pixels = numbers * (4 if shadow.itemsize == 4 else 4 + shadow.itemsize)  # as given, and cast
     part = max(1, LOGITS // text.vocab_size)
     tokens = min(turns * lengths.reply, part)
     copies = LOGIT_COPIES if turns * lengths.reply <= part else 2 * LOGIT_COPIES
     return {
         "activations kept": kept,
         "activations of the vision tower": tower,
+        "pixels": pixels,
         "working memory of a layer, or logits": max(working, copies * 4 * tokens * text.vocab_size),
     }
 

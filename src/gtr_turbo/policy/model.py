@@ -6,7 +6,7 @@ Its trained weights and the teacher on top of them are in `weights`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +149,7 @@ class Policy(Weights):
                 frame=frame,
                 features=None,
                 grid=grid,
+                shown=self.processor.shrink(frame),
             )
             for ids, frame, grid in zip(rows, frames, grids, strict=True)
         ]
@@ -158,15 +159,16 @@ class Policy(Weights):
         """The same with visual features, on the model's device, where the vision tower is frozen."""
         if not self.caches_features:
             return observed
-        inputs = self.processor.image_inputs([o.frame for o in observed])
-        features = self._encode_images(inputs)
-        return [replace(o, features=f) for o, f in zip(observed, features, strict=True)]
+        features = self._encode_images(self._image_inputs(observed))
+        return [replace(o, features=f, shown=None) for o, f in zip(observed, features, strict=True)]
+
+    def _image_inputs(self, observed: Sequence[Observed]) -> dict[str, Tensor]:
+        frames = [o.frame if o.shown is None else o.shown for o in observed]
+        return self.processor.image_inputs(frames, self.device)
 
     def _encode_images(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         out = self._plain.model.get_image_features(
-            inputs["pixel_values"].to(self.device),
-            inputs["image_grid_thw"].to(self.device),
-            return_dict=True,
+            inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True
         )
         layers = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
         return [
@@ -186,11 +188,10 @@ class Policy(Weights):
             self._positions[key] = index(ids[None], kinds[None], image_grid_thw=grid)[0][:, 0]
         return self._positions[key]
 
-    def image_arguments(self, observed: list[Observed] | tuple[Observed, ...]) -> dict[str, Any]:
+    def image_arguments(self, observed: Sequence[Observed]) -> dict[str, Any]:
         """Keyword arguments of a forward pass that carry the images of `observed`."""
         if observed[0].features is None:
-            inputs = self.processor.image_inputs([o.frame for o in observed])
-            return {key: value.to(self.device) for key, value in inputs.items()}
+            return self._image_inputs(observed)
         from transformers.models.qwen3_vl.modeling_qwen3_vl import (
             BaseModelOutputWithDeepstackFeatures,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -98,25 +99,40 @@ class Processor:
                 text = text.replace(token, "")
         return text
 
-    def image_inputs(self, frames: list[np.ndarray]) -> dict[str, Tensor]:
+    def image_inputs(
+        self, frames: list[np.ndarray], device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
         """Image tensors of the model for `frames` (uint8 (H, W, 3)), concatenated along dimension 0."""
         if not self.native:
-            return self._stock_inputs(frames)
+            return {key: value.to(device) for key, value in self._stock_inputs(frames).items()}
         # what the stock processor makes, to the bit, without its conversions: a pixel's value after rescaling
-        # and normalisation depends on its channel and level only, so it is looked up
-        stock, grids = self.image_processor, torch.cat([self.grid(frame) for frame in frames])
-        size = 3 * stock.temporal_patch_size * stock.patch_size**2
-        pixels = np.empty((int(grids.prod(1).sum()), size), np.float32)
-        at = 0
-        for frame in frames:
-            small = self.shrink(frame)
-            planes = np.stack([self._levels[c].take(small[..., c]) for c in range(3)])
-            patches, _, _ = stock.patchify(
-                planes, stock.patch_size, stock.merge_size, stock.temporal_patch_size
-            )
-            pixels[at : at + len(patches)] = patches
-            at += len(patches)
-        return {"pixel_values": torch.from_numpy(pixels), "image_grid_thw": grids}
+        # and normalisation depends on its channel and level only, so it is looked up, where bytes become floats
+        small = [self.shrink(frame) for frame in frames]
+        side = self.image_processor.patch_size
+        grids = torch.tensor(
+            [[1, height // side, width // side] for height, width, _ in map(np.shape, small)]
+        )
+        levels = torch.from_numpy(self._levels).to(device)
+        pixels = []
+        for _, alike in groupby(small, key=np.shape):
+            images = torch.from_numpy(np.stack(list(alike))).to(device).int()
+            planes = [
+                channel.index_select(0, images[..., c].flatten()).view(images.shape[:3])
+                for c, channel in enumerate(levels)
+            ]
+            pixels.append(self._patches(torch.stack(planes, 1)))
+        return {"pixel_values": torch.cat(pixels), "image_grid_thw": grids.to(device)}
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) as (patches, numbers of a patch), patches that are merged side by side (Qwen2-VL)."""
+        stock = self.image_processor
+        side, merged = stock.patch_size, stock.merge_size
+        count, channels, height, width = images.shape
+        rows, columns = height // side // merged, width // side // merged
+        cut = images.view(count, channels, rows, merged, side, columns, merged, side)
+        whole = cut.permute(0, 2, 5, 3, 6, 1, 4, 7)[:, :, :, :, :, :, None]
+        times = [-1] * 6 + [stock.temporal_patch_size, -1, -1]
+        return whole.expand(times).reshape(count * rows * columns * merged**2, -1)
 
     def _stock_inputs(self, frames: list[np.ndarray]) -> dict[str, Tensor]:
         images = [Image.fromarray(frame) for frame in frames]
@@ -138,6 +154,8 @@ class Processor:
         if not self.native:
             return frame
         _, height, width = (int(n) * self.image_processor.patch_size for n in self.grid(frame)[0])
+        if frame.shape[:2] == (height, width):
+            return frame
         return np.asarray(
             Image.fromarray(frame).resize((width, height), self.image_processor.resample)
         )

@@ -19,11 +19,14 @@ class Observed:
     positions: Tensor | None
     """(3, P) int64 multimodal rotary positions of the prompt; None for models with plain positions."""
     frame: np.ndarray
-    """uint8 (H, W, 3), kept once; pixels are built from it per micro-batch."""
+    """uint8 (H, W, 3), as the environment showed it."""
     features: Tensor | None
     """(visual tokens, D) output of a frozen vision tower for `frame`; None if the tower is trained."""
     grid: Tensor | None
     """(1, 3) patches of the image in time, height, width; None for models without such a grid."""
+    shown: np.ndarray | None = None
+    """uint8 (H, W, 3), `frame` at the size the model sees; pixels are built from it per micro-batch. None if there
+    are features."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
