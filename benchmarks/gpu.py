@@ -225,7 +225,8 @@ def measure_generation(bench: Bench) -> dict[str, Any]:
         def write(observed: Any = observed, draws: Any = draws, replies: Any = replies) -> None:
             replies += generate(bench.policy, observed, sampling, draws)
 
-        seconds = timed(write, bench.policy.device)
+        with bench.policy.whole():
+            seconds = timed(write, bench.policy.device)
         written = sum(len(reply.response_ids) for reply in replies)
         limit = batch * bench.limits["memory_gb_s"] * 1e9 / bench.read_per_token
         found[f"tokens_s_batch_{batch}"] = written / seconds
@@ -237,7 +238,7 @@ def measure_scoring(bench: Bench) -> dict[str, Any]:
     """Turns a second of the scoring pass, without a gradient: what the teacher costs beside its swap."""
     turns = int(bench.config.ppo.microbatch_turns)
     inputs = bench.inputs(turns)
-    with torch.no_grad():
+    with torch.no_grad(), bench.policy.whole():
         score(bench.policy, inputs)
         seconds = timed(lambda: score(bench.policy, inputs), bench.policy.device)
     return _passes(bench, inputs, turns, seconds, flops=2)
@@ -346,8 +347,14 @@ def measure_steps(bench: Bench) -> dict[str, Any]:
 
 
 def measure_published(bench: Bench) -> dict[str, Any]:
-    """The published way on the same device: batch 1, a second copy of the model, padded second passes."""
+    """The published way on the same device: batch 1, a second copy of the model, padded second passes.
+
+    The model is the stock one from here on: `peft`'s adapters, attention image by image.
+    """
     config = bench.config
+    for module in bench.policy.model.modules():
+        vars(module).pop("forward", None)
+    bench.policy._plain.model.visual.config._attn_implementation = config.model.attention
     config = replace(config, sampling=replace(config.sampling, max_new_tokens=bench.tokens))
     one = Envs(config.env, config.env.train_split, 1, count=1)
     one.start()

@@ -40,12 +40,14 @@ def ours(
     """One update as the trainer makes it; returns environment steps and seconds by part."""
     optimizer = make_optimizer(policy, config.ppo)
     laps, last = {}, time.perf_counter()
-    turns = collect(
-        envs, policy, config.sampling, config.rollout, torch.Generator().manual_seed(step)
-    )
+    with policy.whole():
+        turns = collect(
+            envs, policy, config.sampling, config.rollout, torch.Generator().manual_seed(step)
+        )
     laps["collect"], last = time.perf_counter() - last, time.perf_counter()
     batch = make_batch(turns, len(envs), policy.processor.pad_token_id)
-    batch = guide(batch, policy, config.guidance, microbatch_turns=config.ppo.microbatch_turns)
+    with policy.whole():
+        batch = guide(batch, policy, config.guidance, microbatch_turns=config.ppo.microbatch_turns)
     laps["guide"], last = time.perf_counter() - last, time.perf_counter()
     batch = assign_credit(
         batch,

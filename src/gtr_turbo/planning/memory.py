@@ -93,7 +93,9 @@ def update_bytes(shadow: Shadow, lengths: Lengths, turns: int) -> dict[str, int]
         if not config.gradient_checkpointing:
             tower += turns * block.kept * len(shadow.blocks)
         numbers = turns * patches * 3 * vision.temporal_patch_size * vision.patch_size**2
-        pixels = numbers * (4 if shadow.itemsize == 4 else 4 + shadow.itemsize)  # as given, and cast
+        pixels = numbers * (
+            4 if shadow.itemsize == 4 else 4 + shadow.itemsize
+        )  # as given, and cast
     part = max(1, LOGITS // text.vocab_size)
     tokens = min(turns * lengths.reply, part)
     copies = LOGIT_COPIES if turns * lengths.reply <= part else 2 * LOGIT_COPIES
@@ -172,7 +174,8 @@ def plan_memory(
     most = config.ppo.minibatch_turns // ranks
     gradients = trained_bytes(shadow)
     rows = _written_here(config, ranks)
-    writing = generation_bytes(shadow, lengths, rows) if rows else {}
+    rounded = {"adapters, rounded": learned // 2} if lora and shadow.itemsize == 2 else {}
+    writing = {**generation_bytes(shadow, lengths, rows), **rounded} if rows else {}
     generation = max(sleeper, writing, key=lambda parts: sum(parts.values()))
 
     def memory(turns: int) -> Memory:
@@ -183,9 +186,12 @@ def plan_memory(
             always=always,
             update={"gradients": gradients, **update_bytes(shadow, lengths, turns)},
             step={"gradients": gradients, "working memory of Adam": trained_bytes(shadow)},
-            scoring=scoring_bytes(
-                shadow, config, lengths, rows=config.env.num_envs // ranks, turns=turns
-            ),
+            scoring={
+                **scoring_bytes(
+                    shadow, config, lengths, rows=config.env.num_envs // ranks, turns=turns
+                ),
+                **rounded,
+            },
             generation=generation,
             host={
                 "the teacher": copies,

@@ -6,8 +6,7 @@ counted. The exact teacher (`Weights.as_teacher`) does not depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -40,18 +39,16 @@ class CutTeacher:
             merged: (out, in) float32, the merge's change against the start, where the work is to be done.
             first: of that shape or (), what the start adds to the base.
         """
-        with exact_products():
-            change = merged + first
-            a, b = low_rank(change, self.rank)
-            lost = float((change - b @ a).square().sum(dtype=torch.float64))
+        change = merged + first
+        a, b = low_rank(change, self.rank)
+        lost = float((change - b @ a).square().sum(dtype=torch.float64))
         self._squares[name] = lost, float(merged.square().sum(dtype=torch.float64))
         self.factors[name] = a.cpu(), b.cpu()
 
     def change(self, name: str, device: torch.device) -> Tensor:
         """B A of a layer, (out, in) float32, on the device."""
         a, b = self.factors[name]
-        with exact_products():
-            return b.to(device) @ a.to(device)
+        return b.to(device) @ a.to(device)
 
     @property
     def energy(self) -> float:
@@ -97,14 +94,3 @@ class CutTeacher:
             lost, whole = state[f"squares:{name}"].tolist()
             self._squares[name] = lost, whole
             self.factors[name] = state[f"lora_A:{name}"].clone(), state[f"lora_B:{name}"].clone()
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Inside the block float32 products are float32, also where the adapters' own passes round factors (TF32)."""
-    rounds = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = rounds

@@ -19,6 +19,7 @@ from gtr_turbo.merging.lora import check_kind
 from gtr_turbo.merging.lora import is_vision as is_vision  # for others too
 from gtr_turbo.merging.shards import MergeError
 from gtr_turbo.policy import starter
+from gtr_turbo.policy.adapters import multiply_in_type_of_weights
 from gtr_turbo.policy.processing import QWEN
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -167,9 +168,15 @@ def add_adapters(base: Any, config: ModelConfig, *, planned: bool = False) -> An
     Raises:
         ConfigError: the settings contradict `model.adapter`, or it is of another model.
     """
+    check_adapter(config)
+    model = _with_adapters(base, config, planned=planned)
+    multiply_in_type_of_weights(model)
+    return model
+
+
+def _with_adapters(base: Any, config: ModelConfig, *, planned: bool) -> Any:
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    check_adapter(config)
     with warnings.catch_warnings():  # peft asks transformers for a property by its old name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is dep", FutureWarning)
         if config.adapter:

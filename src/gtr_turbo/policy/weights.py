@@ -19,7 +19,8 @@ from gtr_turbo.config import ModelConfig
 from gtr_turbo.distributed import sharding
 from gtr_turbo.distributed.ranks import Ranks
 from gtr_turbo.distributed.sharding import full, joined, local, part_of
-from gtr_turbo.policy.cut import CutTeacher, exact_products
+from gtr_turbo.policy.adapters import fixed
+from gtr_turbo.policy.cut import CutTeacher
 from gtr_turbo.policy.loading import add_adapters, is_vision
 from gtr_turbo.policy.swap import Mover, host_like
 
@@ -63,9 +64,6 @@ class Weights(nn.Module):
             sharding.shard(base, config.device, lambda name: frozen and is_vision(name))
         self.model.to(torch.device(config.device))
         self.model.eval()
-        if config.dtype == "bfloat16":
-            # adapters are float32, and without it their products take as long as those of the base
-            torch.backends.cuda.matmul.allow_tf32 = True
         self.mover = Mover(self.device)
         self._start: dict[str, Tensor] | None = None
         if config.train == "full":
@@ -93,15 +91,17 @@ class Weights(nn.Module):
     def whole(self) -> Iterator[None]:
         """Inside the block every rank has all weights, so each may make forward passes of its own; no gradients.
 
-        Sharded weights can only be trained outside of it, by all ranks in step.
+        Adapters must not change inside. Sharded weights can only be trained outside of it, by all ranks in step.
         """
         if not self.sharded or self._gathered:
-            yield
+            with fixed(self.model):
+                yield
             return
         sharding.gather(self._plain)
         self._gathered = True
         try:
-            yield
+            with fixed(self.model):
+                yield
         finally:
             self._gathered = False
             sharding.scatter(self._plain)
@@ -376,6 +376,5 @@ class Weights(nn.Module):
 
 
 def _product(b: Tensor, a: Tensor) -> Tensor:
-    """B A in full float32."""
-    with exact_products():
-        return b.float() @ a.float()
+    """B A in float32."""
+    return b.float() @ a.float()
