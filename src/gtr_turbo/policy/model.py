@@ -21,6 +21,7 @@ from gtr_turbo.config import ModelConfig
 from gtr_turbo.distributed.ranks import ALONE, Ranks
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.loading import load, takes_features
+from gtr_turbo.policy.norms import fuse_norms
 from gtr_turbo.policy.processing import Processor
 from gtr_turbo.policy.tower import attend_by_length
 from gtr_turbo.policy.weights import Weights
@@ -69,6 +70,7 @@ class Policy(Weights):
     ) -> None:
         base = load(config)
         attend_by_length(base)
+        fuse_norms(base)
         super().__init__(
             config, base, seed=seed, ranks=ranks, shard=shard, teacher_rank=teacher_rank
         )
