@@ -6,7 +6,7 @@ Nothing is downloaded: the models have the published shapes and random weights, 
 shipped starter, and prompts hold as many image tokens as the real ones. Random weights never end a reply, so
 every reply has `--reply-tokens`. Each part is set against the rates of memory, matrix product and bus that the
 same run measured. Results are written part by part (OUT.json, OUT.md), so a run that is cut keeps what it has; a
-part that fails is written with its error, the others are measured, and the exit status is 1.
+part or model that fails is written with its error, the others are measured, and the exit status is 1.
 `--small` takes the same path with tiny models on the CPU. `--save DIR` writes such a model, for `gtr-turbo train`.
 """
 
@@ -432,8 +432,16 @@ def run_model(
     found = result["models"].setdefault(name, {})
     config = recipe(name, small=options.small, device=options.device, envs=options.envs)
     began = time.perf_counter()
-    policy = make_policy(name, config, folder, small=options.small)
-    bench = Bench(policy, config, result["limits"], options.reply_tokens, options.published_steps)
+    try:
+        policy = make_policy(name, config, folder, small=options.small)
+        bench = Bench(
+            policy, config, result["limits"], options.reply_tokens, options.published_steps
+        )
+    except Exception as error:
+        traceback.print_exc()
+        found["model"] = {"failed": repr(error)}
+        write(options.out, result)
+        return
     found["model"] = {
         "parameters": bench.parameters,
         "weights_gb": bench.weights / 1e9,

@@ -91,7 +91,7 @@ def published(
         ids = policy.processor.encode([shown["image"]], [shown["prompt"]])[0][None].to(
             policy.device
         )
-        images = policy.processor.image_inputs([shown["image"]])
+        images = policy.processor.image_inputs([policy.processor.shrink(shown["image"])])
         images = {name: tensor.to(policy.device) for name, tensor in images.items()}
         kinds = (ids == policy.processor.image_token_id).int()
         with torch.no_grad():

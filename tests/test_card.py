@@ -142,7 +142,7 @@ class Stock:
             "attention_mask": torch.ones_like(ids),
             "mm_token_type_ids": kinds,
         }
-        return BatchFeature(made | dict(self.ours.image_inputs([frame])))
+        return BatchFeature(made | dict(self.ours.image_inputs([self.ours.shrink(frame)])))
 
     def decode(self, ids, **_):
         return self.ours.tokenizer.decode(ids, skip_special_tokens=True)

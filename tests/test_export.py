@@ -67,7 +67,7 @@ def logits(model, tiny):
     policy = make_policy(tiny)
     observed = observations(policy, 2)
     ids = torch.stack([o.prompt_ids for o in observed[:1]])
-    images = policy.processor.image_inputs([observed[0].frame])
+    images = policy.processor.image_inputs([policy.processor.shrink(observed[0].frame)])
     kinds = (ids == policy.processor.image_token_id).int()
     return model.eval()(input_ids=ids, mm_token_type_ids=kinds, **images).logits
 

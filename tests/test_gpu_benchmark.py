@@ -5,11 +5,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from gtr_turbo.config import TrainConfig
+from gtr_turbo.config import ModelConfig, TrainConfig
+from gtr_turbo.policy.model import Policy
 from gtr_turbo.settings import build_config, config_file, config_names, read_config
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -74,6 +76,40 @@ def _small(gpu):
             gpu.architecture("qwen2.5-vl-7b", small=True)
         )
     return dict(model.named_parameters())
+
+
+def test_a_part_that_fails_is_told_and_does_not_take_the_others_with_it(
+    gpu, tmp_path, monkeypatch, capsys
+):
+    def broken(_):
+        raise RuntimeError("the kernel is not there")
+
+    monkeypatch.setattr(gpu, "PARTS", {"swap": broken, "generation": gpu.measure_generation})
+    arguments = ["--small", "--models", "qwen3-vl-8b", "--parts", "swap", "generation"]
+    with pytest.raises(SystemExit) as ended:
+        gpu.main([*arguments, "--out", str(tmp_path / "gpu")])
+    assert ended.value.code == 1
+    found = json.loads((tmp_path / "gpu.json").read_text())["models"]["qwen3-vl-8b"]
+    assert found["swap"] == {"failed": "RuntimeError('the kernel is not there')"}
+    assert found["generation"]["tokens_s_batch_2"] > 0
+    assert "in broken" in capsys.readouterr().err
+
+    def unbuilt(*_, **__):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(gpu, "random_weights", unbuilt)
+    with pytest.raises(SystemExit):
+        gpu.main([*arguments, "--out", str(tmp_path / "gpu")])
+    found = json.loads((tmp_path / "gpu.json").read_text())["models"]["qwen3-vl-8b"]
+    assert found == {"model": {"failed": "RuntimeError('no room')"}}
+
+
+def test_a_saved_model_of_random_weights_is_one_to_train(gpu, tmp_path):
+    gpu.main(["--small", "--models", "qwen2.5-vl-7b", "--save", str(tmp_path)])
+    policy = Policy(ModelConfig(path=str(tmp_path), train="lora"), temperature=1.0)
+    assert policy._plain.config.model_type == "qwen2_5_vl"
+    (seen,) = policy.observe([np.zeros((300, 300, 3), np.uint8)], ["1 2 3 4"])
+    assert (seen.prompt_ids == policy.processor.image_token_id).sum() == 121
 
 
 def test_a_run_out_of_time_says_what_it_left_out(gpu, tmp_path):

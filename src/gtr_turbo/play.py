@@ -84,7 +84,7 @@ def watch(
         show: draw them too.
     """
     generator = torch.Generator().manual_seed(stream(seed, EVALUATION))
-    with Envs(env, split, seed, count=1) as envs:
+    with policy.whole(), Envs(env, split, seed, count=1) as envs:
         for number in range(episodes):
             envs.reset(0, number, stream(seed, EVALUATION, number) % 2**31)
             console.rule(f"episode {number}")

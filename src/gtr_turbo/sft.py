@@ -73,14 +73,12 @@ class Demonstrations:
         Raises:
             ConfigError: the environment has no `demonstrate`.
         """
-        frames, prompts = [], []
         for observation, reply, info in islice(played(config, seed), config.turns):
-            frames.append(policy.processor.shrink(observation["image"]))
-            prompts.append(observation["prompt"])
+            (seen,) = policy.tokenize([observation["image"]], [observation["prompt"]])
+            assert seen.shown is not None
+            self.observed.append(replace(seen, frame=seen.shown))  # the larger one is not kept
             self.replies.append(policy.processor.reply_ids(json.dumps(reply, ensure_ascii=False)))
             self.labels.append(visible(info))
-        for at in range(0, len(frames), 64):
-            self.observed += policy.tokenize(frames[at : at + 64], prompts[at : at + 64])
 
 
 def played(

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from gtr_turbo.policy import adapters
 from gtr_turbo.policy.adapters import fixed, multiply_in_type_of_weights
 from gtr_turbo.policy.scoring import score
 from tiny import inputs_of, make_policy, observations, perturb, responses
@@ -91,6 +92,25 @@ def test_inside_fixed_the_factors_stay_those_of_its_beginning():
     with pytest.raises(KeyboardInterrupt):
         cut_off()
     assert torch.equal(model(x).float(), X @ W.t())
+
+
+def test_factors_that_could_not_all_be_rounded_are_not_kept(monkeypatch):
+    model, layer = adapted()
+
+    room = iter([True])
+
+    def rounded(layer, kind):
+        if not next(room, False):
+            raise torch.OutOfMemoryError
+        return layer.lora_A["default"].weight.to(kind), layer.lora_B["default"].weight.to(kind)
+
+    whole = nn.ModuleList([model, adapted()[0]])
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters, "_rounded", rounded)
+        with pytest.raises(torch.OutOfMemoryError), fixed(whole):
+            pass
+    layer.lora_B["default"].weight.data.zero_()
+    assert torch.equal(model(X.bfloat16()).float(), X @ W.t())
 
 
 def test_layers_of_float32_are_peft_s_own():

@@ -64,7 +64,7 @@ def test_greedy_equals_the_generate_of_transformers(policy):
         input_ids=ids,
         attention_mask=mask,
         mm_token_type_ids=(ids == policy.processor.image_token_id).int(),
-        **policy.processor.image_inputs([o.frame for o in observed]),
+        **policy.processor.image_inputs([policy.processor.shrink(o.frame) for o in observed]),
         do_sample=False,
         max_new_tokens=12,
         eos_token_id=end,

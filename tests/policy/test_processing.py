@@ -1,14 +1,21 @@
 """Frames become the pixels, and prompts the ids, that the stock processors make."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from gtr_turbo.config import SamplingConfig
 from gtr_turbo.policy import starter
+from gtr_turbo.policy.generation import generate
 from gtr_turbo.policy.processing import Processor
+from tiny import make_policy
 
 
 @pytest.mark.parametrize(("path", "kind"), [("qwen3-vl", "qwen3_vl"), ("qwen2.5-vl", "qwen2_5_vl")])
@@ -19,7 +26,7 @@ def test_pixels_are_those_of_the_stock_processor(path, kind):
     )
     shapes = [(300, 300, 3), (112, 112, 3), (400, 250, 3), (9, 8, 3)]
     frames = [draws.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
-    ours = processor.image_inputs(frames)
+    ours = processor.image_inputs([processor.shrink(frame) for frame in frames])
     stock = processor.image_processor(
         images=[Image.fromarray(frame) for frame in frames], return_tensors="pt"
     )
@@ -27,6 +34,31 @@ def test_pixels_are_those_of_the_stock_processor(path, kind):
     for name, tensor in ours.items():
         assert tensor.dtype == stock[name].dtype
         assert tensor.numpy().tobytes() == stock[name].numpy().tobytes()
+
+
+def test_a_size_that_shrinking_twice_would_change_is_shrunk_once(tiny, tmp_path):
+    """Where a preprocessor_config.json asks for one number of pixels, no size may suit, and any changes again."""
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    file = folder / "preprocessor_config.json"
+    about = json.loads(file.read_text())
+    side = about["patch_size"] * about["merge_size"]
+    pixels = (
+        9 * side**2
+    )  # 3 x 3 tokens; of a frame twice as wide as high it makes 4 x 2, and of that 5 x 3
+    about["size"] = {"shortest_edge": pixels, "longest_edge": pixels}
+    file.write_text(json.dumps(about))
+    policy = make_policy(folder)
+    processor, frame = policy.processor, np.full((60, 120, 3), 7, np.uint8)
+    once = processor.shrink(frame)
+    assert processor.shrink(once).shape != once.shape
+    for vision in ("frozen", "trained"):
+        policy = make_policy(folder, vision=vision)
+        observed = policy.observe([frame] * 2, ["1", "2"])
+        assert (observed[0].shown is None) == (vision == "frozen")
+        (reply, _) = generate(policy, observed, SamplingConfig(max_new_tokens=2), torch.Generator())
+        assert len(reply.response_ids) > 0
+    stock = processor.image_processor(images=[Image.fromarray(frame)], return_tensors="pt")
+    assert torch.equal(stock["pixel_values"], processor.image_inputs([once])["pixel_values"])
 
 
 def test_a_lone_surrogate_in_a_prompt_is_a_question_mark():

@@ -51,7 +51,7 @@ def test_scores_are_the_softmax_of_a_plain_transformers_forward_pass(either):
     logits = stock.eval()(
         input_ids=ids,
         mm_token_type_ids=(ids == policy.processor.image_token_id).int(),
-        **policy.processor.image_inputs([observed.frame]),
+        **policy.processor.image_inputs([policy.processor.shrink(observed.frame)]),
     ).logits[0]
     logits[:, policy.processor.banned_token_ids] = -torch.inf
     expected = (logits / 0.7).log_softmax(-1)[len(observed.prompt_ids) - 1 : -1]

@@ -46,7 +46,7 @@ def plain_logprobs(policy, model):
     for seen, reply in zip(observed, written, strict=True):
         ids = torch.cat([seen.prompt_ids, reply])[None]
         kinds = (ids == policy.processor.image_token_id).int()
-        pixels = policy.processor.image_inputs([seen.frame])
+        pixels = policy.processor.image_inputs([policy.processor.shrink(seen.frame)])
         logits = model.eval()(input_ids=ids, mm_token_type_ids=kinds, **pixels).logits[0]
         logits[:, policy.processor.banned_token_ids] = -torch.inf
         everything = (logits / policy.temperature).log_softmax(-1)[-len(reply) - 1 : -1]

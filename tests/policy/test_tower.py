@@ -95,6 +95,14 @@ def test_a_window_sees_itself_and_nothing_else():
         torch.testing.assert_close(out[:, a:b], by_hand.transpose(1, 2))
 
 
+def test_a_tower_of_another_kind_of_model_is_left_alone():
+    """Some have the same name and fewer keys than queries."""
+    made = model("qwen3-vl-8b", deepstack_visual_indexes=[0])
+    made.config.model_type = "exaone4_5"
+    attend_by_length(made)
+    assert made.model.visual.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("kind", ["eager", "flash_attention_2"])
 def test_another_attention_that_was_asked_for_is_left_alone(kind):
     made = model("qwen3-vl-8b", deepstack_visual_indexes=[0])

@@ -35,13 +35,13 @@ def fixed(model: nn.Module) -> Iterator[None]:
         for layer in _adapted(model)
         if "forward" in vars(layer) and not hasattr(layer, FACTORS)
     ]
-    for layer in layers:
-        setattr(layer, FACTORS, _rounded(layer, layer.get_base_layer().weight.dtype))
     try:
+        for layer in layers:
+            setattr(layer, FACTORS, _rounded(layer, layer.get_base_layer().weight.dtype))
         yield
     finally:
         for layer in layers:
-            delattr(layer, FACTORS)
+            vars(layer).pop(FACTORS, None)
 
 
 def _adapted(model: nn.Module) -> Iterator[Any]:

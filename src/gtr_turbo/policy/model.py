@@ -165,7 +165,7 @@ class Policy(Weights):
         return [replace(o, features=f, shown=None) for o, f in zip(observed, features, strict=True)]
 
     def _image_inputs(self, observed: Sequence[Observed]) -> dict[str, Tensor]:
-        frames = [o.frame if o.shown is None else o.shown for o in observed]
+        frames = [self.processor.shrink(o.frame) if o.shown is None else o.shown for o in observed]
         return self.processor.image_inputs(frames, self.device)
 
     def _encode_images(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch.nn.functional import rms_norm
 
 
 def fuse_norms(model: nn.Module) -> None:
-    """Let the norms of a Qwen model be so computed; those whose weights are float32 keep their own last digit."""
+    """Let the norms of a model be so computed; those whose weights are float32 keep their own last digit."""
     modules: Any = model.modules()
     for module in modules:
         ours = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")

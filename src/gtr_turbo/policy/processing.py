@@ -102,19 +102,23 @@ class Processor:
     def image_inputs(
         self, frames: list[np.ndarray], device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
-        """Image tensors of the model for `frames` (uint8 (H, W, 3)), concatenated along dimension 0."""
+        """Image tensors of the model, concatenated along dimension 0.
+
+        Args:
+            frames: uint8 (H, W, 3), each from `shrink`: shrinking twice may end at another size.
+            device: where the tensors are made.
+        """
         if not self.native:
             return {key: value.to(device) for key, value in self._stock_inputs(frames).items()}
         # what the stock processor makes, to the bit, without its conversions: a pixel's value after rescaling
         # and normalisation depends on its channel and level only, so it is looked up, where bytes become floats
-        small = [self.shrink(frame) for frame in frames]
         side = self.image_processor.patch_size
         grids = torch.tensor(
-            [[1, height // side, width // side] for height, width, _ in map(np.shape, small)]
+            [[1, height // side, width // side] for height, width, _ in map(np.shape, frames)]
         )
         levels = torch.from_numpy(self._levels).to(device)
         pixels = []
-        for _, alike in groupby(small, key=np.shape):
+        for _, alike in groupby(frames, key=np.shape):
             images = torch.from_numpy(np.stack(list(alike))).to(device).int()
             planes = [
                 channel.index_select(0, images[..., c].flatten()).view(images.shape[:3])
@@ -150,7 +154,7 @@ class Processor:
         return levels[:, 0].astype(np.float32)
 
     def shrink(self, frame: np.ndarray) -> np.ndarray:
-        """The frame at the size the model sees, where that is known: `image_inputs` makes the same of it."""
+        """The frame at the size the model sees, where that is known."""
         if not self.native:
             return frame
         _, height, width = (int(n) * self.image_processor.patch_size for n in self.grid(frame)[0])

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gtr_turbo.policy.processing import QWEN
+
 NAME = "flash_by_length"
 """`transformers` hands over all windows in one call where the name holds `flash`."""
 
@@ -28,8 +30,10 @@ def attend_by_length(model: Any) -> None:
     """Let the vision tower of a Qwen model that runs with `sdpa` attend so; other models stay as they are."""
     from transformers import AttentionInterface
 
-    tower = getattr(model.model, "visual", None)
-    if tower is not None and tower.config._attn_implementation == "sdpa":
+    if model.config.model_type not in QWEN:
+        return
+    tower = model.model.visual
+    if tower.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, by_length)
         tower.config._attn_implementation = NAME
 
