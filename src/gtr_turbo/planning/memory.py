@@ -93,9 +93,8 @@ def update_bytes(shadow: Shadow, lengths: Lengths, turns: int) -> dict[str, int]
         if not config.gradient_checkpointing:
             tower += turns * block.kept * len(shadow.blocks)
         numbers = turns * patches * 3 * vision.temporal_patch_size * vision.patch_size**2
-        pixels = numbers * (
-            4 if shadow.itemsize == 4 else 4 + shadow.itemsize
-        )  # as given, and cast
+        cast = 0 if shadow.itemsize == 4 else shadow.itemsize
+        pixels = numbers * (4 + cast)
     part = max(1, LOGITS // text.vocab_size)
     tokens = min(turns * lengths.reply, part)
     copies = LOGIT_COPIES if turns * lengths.reply <= part else 2 * LOGIT_COPIES
