@@ -1,4 +1,5 @@
 import json
+import signal
 
 import pytest
 from hypothesis import given, settings
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from gtr_turbo.envs.cards.blackjack import BlackjackEnv
 from gtr_turbo.envs.cards.numberline import NumberLineEnv
 from gtr_turbo.envs.cards.points import EZPointsEnv, Points24Env
-from gtr_turbo.parsing import parse, thought_tokens
+from gtr_turbo.parsing import _stands, parse, thought_tokens
 
 KEYS = ("thoughts", "action")
 
@@ -332,3 +333,42 @@ def test_a_target_of_imitation_is_the_reply_with_its_end_token(tiny):
         # what is written must not hold the end token in its middle
         assert processor.end_token_id not in ids
     assert processor.decode(processor.reply_ids("a<|im_end|>b")) == "ab<|im_end|>"
+
+
+@pytest.fixture
+def alarm():
+    """Ends what takes 30 seconds: a pattern that fits in many ways would take years."""
+
+    def over(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        "=30=30 " + "against " * 11 + "(10 " + "against " * 40,  # both from runs that hung
+        '8/(10-+3)*2=24)=64, 16+5)*{"thoughts":',
+        "\\" * 50,
+        "é\n" * 500,
+        "'\"" * 500,
+    ],
+)
+def test_an_action_that_nearly_stands_in_a_faulty_reply_takes_no_time(action, alarm):
+    written = json.dumps(action)[1:-1]
+    for text in (action, written, written + "\\" * 25, written.replace("\\u00e9", "\\u00E9")):
+        assert not _stands(action, f'"action": "{text}" x', 0)
+        parse(f"{{'thoughts': 't', 'action': \"{text}\" x}}", KEYS)
+
+
+def test_a_backslash_stands_there_as_it_is_or_escaped():
+    for text in ("a\\b\\", "a\\\\b\\\\"):
+        assert _stands("a\\b\\", f'"action": "{text}"', 0)
+    assert not _stands("a\\b\\", '"action": "ab"', 0)
+    assert _stands("é 2", '"action": "\\u00E9 2"', 0)
+    assert _stands("é 2", '"action": "é 2"', 0)

@@ -109,11 +109,15 @@ def _action_found(text: str) -> int:
 
 
 def _stands(action: str, text: str, start: int) -> bool:
-    """Whether a member `"action"` from `start` on has this value, whole: a repair may give half of `(8-4)*6`."""
+    """Whether a member `"action"` from `start` on has this value, whole: a repair may give half of `(8-4)*6`.
+
+    Every part of the pattern fits a place of the text in one way; else one that nearly fits takes years.
+    """
     blanks = r"(?:\s|\\[nrt])*+"
-    value = "".join(
-        rf"\\?{char}" if char in "\"'" else rf"(?:{re.escape(char)}|(?i:{_escape(char)}))"
-        for char in action
+    value = (
+        "(?:"
+        + "|".join("".join(_written(c, slash) for c in action) for slash in (r"\\", r"\\\\"))
+        + ")"
     )
     key = r"""["'“]?\w++["'”]?\s*+:"""
     quoted = rf"""["'“]{blanks}{value}{blanks}["'”]\s*+(?:$|[,;}}\].)]|//|/\*|{key})"""
@@ -122,8 +126,14 @@ def _stands(action: str, text: str, start: int) -> bool:
     return member.search(text, start) is not None
 
 
-def _escape(char: str) -> str:
-    return re.escape(json.dumps(char)[1:-1])
+def _written(char: str, slash: str) -> str:
+    """How a character may stand in a reply: as it is, or as JSON escapes it; a backslash as `slash`."""
+    if char == "\\":
+        return slash
+    if char in "\"'":
+        return rf"\\?{char}"
+    own, escaped = re.escape(char), json.dumps(char)[1:-1]
+    return own if escaped == char else rf"(?:{own}|(?i:{re.escape(escaped)}))"
 
 
 def parse(text: str, required: Sequence[str]) -> Parsed:
