@@ -114,11 +114,8 @@ def _stands(action: str, text: str, start: int) -> bool:
     Every part of the pattern fits a place of the text in one way; else one that nearly fits takes years.
     """
     blanks = r"(?:\s|\\[nrt])*+"
-    value = (
-        "(?:"
-        + "|".join("".join(_written(c, slash) for c in action) for slash in (r"\\", r"\\\\"))
-        + ")"
-    )
+    single, double = ("".join(_written(c, slash) for c in action) for slash in (r"\\", r"\\\\"))
+    value = f"(?:{single}|{double})"
     key = r"""["'“]?\w++["'”]?\s*+:"""
     quoted = rf"""["'“]{blanks}{value}{blanks}["'”]\s*+(?:$|[,;}}\].)]|//|/\*|{key})"""
     bare = rf"""["'“]?\s*+{value}\s*+(?:$|[,;}}\]]|{key})"""

@@ -212,7 +212,7 @@ class Weights(nn.Module):
     def load_teacher(self, change: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """Make `start + change` the teacher, rounded once to the type of the weights.
 
-        The sums are made where the model is: at 7B they are 7 billion, and take a minute on a host.
+        The sums are made where the model is: at 7B they are 7 billion.
 
         Args:
             change: for every name that `deltas` yields, a float32 tensor, the same on all ranks; as pairs, they may
