@@ -167,6 +167,10 @@ INVALID = {
     "deep": "[" * 100_000,
     "deep object": '{"a":' * 100_000,
     "deep thought": '{"thoughts": ' + "[" * 900 + "]" * 900 + ', "action": "5"}',
+    # on these json_repair fails by an assertion of its own
+    "code fence in a key": '{"thoughts": "x", "```json {"action": "5"}``` }',
+    "object in a code fence in a key": '{"```json\n{"thoughts": "a", "action": "5"}\n```}',
+    "action without an end": "{'thoughts': 'a', 'action': '" + "é" * 1_001 + "'}",
     "calls": "{(" * 9_000 + "}",
     "quotes only": "{" + '"' * 19_000 + "}",
     "single quotes only": "{" + "'" * 19_000 + "}",
@@ -203,7 +207,7 @@ def test_fields_hold_the_values():
 
 
 KEYWORDS = ['"thoughts"', '"action"', "'action'", "action", "\\u0061ction", '"5"', "true", "NaN"]
-SIGNS = [*":, \n{}[]\"'\\5-.#()", "e9", "```", "//", "/*", "\ud800", "😀", "\x00"]
+SIGNS = [*":, \n{}[]\"'\\5-.#()", "e9", "```", "```json", "//", "/*", "\ud800", "😀", "\x00"]
 pieces = st.sampled_from(KEYWORDS + SIGNS)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 MAX_REPAIR = 20_000  # characters; a longer reply that is no JSON is not worth repairing
 MAX_OPEN = 200  # braces and brackets; a reply with more is refused, so that nothing nests deeply
 MAX_TRIED = 3  # places where a first object may end and another begin
+MAX_STANDS = 1_000  # characters of an action that had to be repaired; a longer one is refused
 _NEXT = re.compile(r"\}\s*\{")
 _COLON = re.compile(r"\s*:")
 _ACTION = re.compile(r"""["']?\baction["']?\s*:""")  # of replies that are not strict JSON
@@ -89,7 +90,7 @@ def _repaired(text: str) -> Any:
 
     try:
         return json_repair.loads(text)
-    except (ValueError, RecursionError, IndexError, TypeError, KeyError, AttributeError):
+    except Exception:  # also its assertions: it fails on some texts in ways that it does not name
         return None
 
 
@@ -113,6 +114,8 @@ def _stands(action: str, text: str, start: int) -> bool:
 
     Every part of the pattern fits a place of the text in one way; else one that nearly fits takes years.
     """
+    if len(action) > MAX_STANDS:
+        return False
     blanks = r"(?:\s|\\[nrt])*+"
     single, double = ("".join(_written(c, slash) for c in action) for slash in (r"\\", r"\\\\"))
     value = f"(?:{single}|{double})"
