@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from gtr_turbo.checkpoint import CheckpointError, own_folder
 from gtr_turbo.checks import ConfigError
@@ -75,6 +76,19 @@ def test_markup_in_a_thought_is_taken_out_and_moves_nothing(policy, token):
     plain, as_many = splice(policy.processor, TEACHER, AGENT, FIELDS)
     assert torch.equal(ids, plain)
     assert trained == as_many
+
+
+@pytest.mark.parametrize("accents", ["cafe\u0301", "e\u0301" * 20, "\u0958" * 3])
+def test_a_tokenizer_that_composes_accents_moves_no_boundary(tiny, accents):
+    """Qwen's own normalise to NFC: fewer characters for e + U+0301, more for U+0958."""
+    processor = make_policy(tiny).processor
+    processor.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    ids, trained = splice(processor, TEACHER.replace("2*6=12", accents), AGENT, FIELDS)
+    assert processor.decode(ids[:trained].tolist()).endswith('", "action": "')
+    assert processor.decode(ids[trained:-1].tolist()) == '+"}'
+    # an action that would be learned as another one gives no target
+    spoken = AGENT.replace('"+"', f'"{accents}"')
+    assert splice(processor, TEACHER, spoken, FIELDS) is None
 
 
 @pytest.mark.parametrize(

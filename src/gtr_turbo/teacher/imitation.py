@@ -47,7 +47,8 @@ def splice(
 
     Returns:
         (ids (R,) with the end token, how many of the first are trained); None if the teacher's reply is not valid,
-        or its thought is not JSON as it stands: what `parse` has to repair is not to be learned.
+        if its thought is not JSON as it stands, as what `parse` has to repair is not to be learned, or if the
+        tokenizer cannot write the action as it is.
     """
     teacher, agent = processor.clean(teacher), processor.clean(agent)
     written, acted = parse(teacher, fields), parse(agent, fields)
@@ -57,15 +58,15 @@ def splice(
     tail = source[own.action_start :]
     if not own.strict:
         tail = f'"action": {json.dumps(own.fields["action"], ensure_ascii=False)}}}'
-    text = processor.clean(teacher[: written.action_start] + tail)
+    ids = processor.reply_ids(teacher[: written.action_start] + tail)
+    text = processor.decode(ids[:-1])  # a tokenizer may write it otherwise: Qwen's composes accents
     made = parse(text, fields)
     if not made.strict or made.action != own.action:
         return None
-    ids = processor.reply_ids(text)
     if whole:
         return ids, len(ids)
-    key = ACTION_KEY.match(text, written.action_start)
-    begins = key.end() if key else written.action_start
+    key = ACTION_KEY.match(text, made.action_start)
+    begins = key.end() if key else made.action_start
     return ids, thought_tokens(ids[:-1].tolist(), begins, processor.decode)
 
 
