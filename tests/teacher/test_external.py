@@ -559,9 +559,11 @@ def test_json_of_any_depth_is_judged():
         assert problem(deep, {"type": "string"})
 
 
-def test_a_budget_that_cannot_be_kept_is_refused(turns, tmp_path):
+@pytest.mark.parametrize("answer", [says(ANSWER), says(""), says("", refusal="no")])
+def test_a_budget_that_cannot_be_kept_is_refused(turns, tmp_path, answer):
+    """Also where the answers, which are paid for, are of no use."""
     with (
-        endpoint(says(ANSWER)) as server,
+        endpoint(answer) as server,
         pytest.raises(ConfigError, match="does not report its usage"),
     ):
         corrector(server, tmp_path, budget={"tokens": 1000}).ask(turns, 1)

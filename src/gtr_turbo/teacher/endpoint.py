@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Mapping
 from typing import Any
 
 from gtr_turbo.checks import ConfigError
-from gtr_turbo.teacher.messages import AnswerError, cut, loads, read_choice
+from gtr_turbo.teacher.messages import COMPLETION, AnswerError, cut, loads, problem, read_choice
 from gtr_turbo.teaching_config import ExternalConfig
 
 OUTAGES = ("connection", "timeout", "rate_limit", "server")
@@ -133,13 +133,15 @@ class Endpoint:
             tally["microseconds"] += round(1e6 * (time.monotonic() - began))
         completion = loads(text, self.secret)
         counted = self._count_tokens(completion, tally)
-        choice = read_choice(completion)
-        if not counted and (self._config.budget.tokens or self._config.budget.dollars):
+        made = (
+            problem(completion, COMPLETION) is None
+        )  # what is no completion may have cost nothing
+        if made and not counted and (self._config.budget.tokens or self._config.budget.dollars):
             raise ConfigError(
                 f"{self._config.base_url} does not report its usage, so a budget of tokens or dollars cannot "
                 "be kept; set guidance.external.budget.calls instead"
             )
-        return choice
+        return read_choice(completion)
 
     def _meaning(self, error: Any) -> Exception:
         """What an HTTP status other than 2xx means."""
