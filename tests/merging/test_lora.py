@@ -978,11 +978,28 @@ def test_a_base_of_another_shape_is_refused(tmp_path):
     refused(paths, tmp_path / "out", "'layer'", "(6, 6)", "(6, 7)", origin, base=origin)
 
 
-def test_integers_in_the_base_are_refused(tmp_path):
+@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize(
+    ("name", "kind", "told"),
+    [
+        ("steps", torch.int64, "I64"),
+        ("layer.weight", torch.float64, "F64"),
+        ("layer.weight", torch.float8_e4m3fn, "F8_E4M3"),
+    ],
+)
+def test_numbers_of_another_type_in_the_base_are_refused(tmp_path, name, kind, told, dtype):
+    """Also those that an adapter changes, whose bytes were once read as float32."""
     paths = [layer_of(tmp_path / str(k), "layer", k) for k in range(2)]
-    tensors = {"layer.weight": torch.ones(6, 6), "steps": torch.ones(2).long()}
-    origin = save(tmp_path / "base", tensors)
-    refused(paths, tmp_path / "out", "'steps'", "I64", base=origin)
+    tensors = {"layer.weight": torch.ones(6, 6), "steps": torch.ones(2)}
+    origin = save(tmp_path / "base", tensors | {name: tensors[name].to(kind)})
+    refused(paths, tmp_path / "out", f"'{name}' is {told}; only", base=origin, dtype=dtype)
+
+
+@pytest.mark.parametrize("form", ["dense", "adapter", "factors"])
+def test_factors_of_another_type_are_refused(base, tmp_path, form):
+    pair = tuple(side.double() for side in noise(0, (2, 6), (5, 2)))
+    paths = [handmade(tmp_path / str(k), {"layer": pair}) for k in range(2)]
+    refused(paths, tmp_path / "out", "lora_A", "is F64; only", base=base, form=form)
 
 
 def test_two_modules_are_not_merged_into_one_weight(tmp_path):

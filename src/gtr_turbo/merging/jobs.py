@@ -109,10 +109,7 @@ def full_jobs(
                     f"tensor {name!r} is {entry.dtype} {list(entry.shape)} in {entry.file} and {there.dtype} "
                     f"{list(there.shape)} in {there.file}"
                 )
-        if entry.dtype not in ITEMSIZE:
-            raise MergeError(
-                f"{entry.file}: tensor {name!r} is {entry.dtype}; only {', '.join(ITEMSIZE)} can be merged"
-            )
+        entry.check_type()
         yield Job(
             {name: entry.shape},
             dtype or entry.dtype,

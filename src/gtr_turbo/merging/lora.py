@@ -116,6 +116,7 @@ def _modules(path: Path, config: dict[str, Any], weights: Checkpoint) -> dict[st
                 f"{entry.file}: tensor {name!r} {list(entry.shape)} is not a factor of a linear layer's "
                 "LoRA, and would be lost; merge full checkpoints instead"
             )
+        entry.check_type()
         sides.setdefault(found["module"], {})[found["side"]] = entry
     modules = {}
     for module, pair in sides.items():

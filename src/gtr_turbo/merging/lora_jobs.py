@@ -12,7 +12,7 @@ from gtr_turbo.merging import arrays, lora
 from gtr_turbo.merging.arrays import Floats, Numbers
 from gtr_turbo.merging.jobs import CHUNK, Context, FileRows, Job, describe, merge_into, put, seed_of
 from gtr_turbo.merging.methods import Recipe, Tally, merge_chunks
-from gtr_turbo.merging.shards import ITEMSIZE, Checkpoint, Entry, MergeError, row_dtype
+from gtr_turbo.merging.shards import Checkpoint, Entry, MergeError, row_dtype
 
 FORMS = ("dense", "adapter", "cat", "factors")
 
@@ -95,12 +95,11 @@ def _dense_jobs(
     if len(adapted) < len(adapters[0].modules):
         raise MergeError(f"two modules of {adapters[0].path} name one tensor of {base.path}")
     for name, entry in base.entries.items():
+        entry.check_type()
         module = adapted.get(name)
         if module is None:
-            kind = entry.dtype
-            if kind not in ITEMSIZE:
-                raise MergeError(f"{entry.file}: tensor {name!r} is {kind}, which is not handled")
-            yield Job({name: entry.shape}, dtype or kind, _copy_run(base, entry), entry.nbytes)
+            run = _copy_run(base, entry)
+            yield Job({name: entry.shape}, dtype or entry.dtype, run, entry.nbytes)
             continue
         shape = adapters[0].modules[module].shape
         if entry.shape != shape:

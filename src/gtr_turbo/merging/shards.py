@@ -53,6 +53,17 @@ class Entry:
         """In its file."""
         return self.stop - self.start
 
+    def check_type(self) -> None:
+        """Refuse a tensor whose numbers cannot be read.
+
+        Raises:
+            MergeError: its type is none of `ITEMSIZE`.
+        """
+        if self.dtype not in ITEMSIZE:
+            raise MergeError(
+                f"{self.file}: tensor {self.name!r} is {self.dtype}; only {', '.join(ITEMSIZE)} can be merged"
+            )
+
 
 @dataclass
 class Checkpoint:
@@ -148,8 +159,9 @@ class Checkpoint:
             row: float32, or uint16 for bfloat16; float16 is widened to float32. As long as what is read.
 
         Raises:
-            MergeError: the file ended too early.
+            MergeError: the file ended too early, or the type is not read.
         """
+        entry.check_type()
         if entry.dtype == "F16":
             raw = np.empty(row.size, np.float16)
             self._pread(entry, entry.start + 2 * first, raw)
