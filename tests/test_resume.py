@@ -391,3 +391,18 @@ def test_the_summary_of_a_shorter_run_goes_when_it_goes_on(tiny, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(config_of(tiny, 3), tmp_path, Interrupting(1), resume=True)
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_the_summary_of_a_finished_run_stands_while_it_is_evaluated_again(
+    tiny, tmp_path, monkeypatch
+):
+    train(config_of(tiny, 1), tmp_path, Silent())
+    before = (tmp_path / "summary.json").read_text()
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gtr_turbo.trainer._evaluate", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(tiny, 1), tmp_path, Silent(), resume=True)
+    assert (tmp_path / "summary.json").read_text() == before

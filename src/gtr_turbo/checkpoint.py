@@ -66,6 +66,12 @@ def check_folder(run: Path, *, resume: bool) -> None:
     Raises:
         ConfigError: there is nothing to go on from; or a run, or a `config.yaml` of no run, would be lost.
     """
+    finished = (run / "summary.json").exists()
+    if not folders(run) and finished:
+        raise ConfigError(
+            f"{run} holds the results of a finished run whose checkpoints are gone, and they would be lost; give "
+            "another --run"
+        )
     if resume and not folders(run):
         raise ConfigError(
             f"cannot resume: {run} holds no complete checkpoint; start without --resume"

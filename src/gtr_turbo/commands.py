@@ -122,10 +122,10 @@ def _train_shown(config: TrainConfig, run: Path, options: argparse.Namespace, ra
     from gtr_turbo.trainer import train
 
     checkpoint.check_folder(run, resume=options.resume)
+    text = dump_config(config)
     with checkpoint.own_folder(run):
         if options.resume:
             checkpoint.check_settings(checkpoint.folders(run)[-1], config)
-        text = dump_config(config)
         with TerminalView() as view:
             summary = train(config, run, view, resume=options.resume, ranks=ranks, settings=text)
         show_summary(view.console, summary)
