@@ -266,6 +266,17 @@ def test_a_recipe_that_does_not_fit_says_what_to_change(capsys):
     assert f"{planned:.1f} GB" in one
 
 
+def test_no_advice_changes_the_turns_of_an_update(capsys):
+    """Four times the turns of a quarter of 6 environments would be others, which minibatches may not divide."""
+    odd = ["--env.num_envs", "6", "--rollout.turns_per_env", "8", "--ppo.minibatch_turns", "48"]
+    odd += ["--ppo.microbatch_turns", "1", "--prompt-tokens", "2000"]
+    recipe = ["plan", "--config", "points24-qwen2.5-vl-7b", "--gpus", "1x24GB", "--json"]
+    assert main([*recipe, *odd]) == 1
+    advice = json.loads(capsys.readouterr().out)["advice"]
+    assert advice
+    assert not any(text.startswith("env.num_envs=") for text in advice)
+
+
 def test_no_advice_is_to_train_all_weights_in_bfloat16(capsys):
     """Most of each step would be rounded away."""
     full = ["plan", "--config", "points24-qwen3-vl-2b", "--gpus", "1x8GB", "--json"]

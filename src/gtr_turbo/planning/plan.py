@@ -298,8 +298,8 @@ def _changes(config: TrainConfig, ranks: int) -> Iterator[tuple[str, TrainConfig
     checkpointed = replace(config, model=replace(model, gradient_checkpointing=True))
     if not model.gradient_checkpointing:
         yield "model.gradient_checkpointing=true", checkpointed
-    envs = config.env.num_envs // 4
-    if envs and envs % ranks == 0:
+    envs, odd = divmod(config.env.num_envs, 4)
+    if envs and not odd and envs % ranks == 0:
         fewer = replace(
             config,
             env=replace(config.env, num_envs=envs),
