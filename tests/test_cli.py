@@ -120,6 +120,10 @@ def check_fails(capsys, arguments, *parts, code=2):
         (["surplus"], ["cannot read 'surplus'"]),
         (["--ppo.lr"], ["cannot read '--ppo.lr'"]),
         (["--ppo.lr", "[1"], ["value of --ppo.lr cannot be read"]),
+        (["--name", "2026-02-30"], ["value of --name cannot be read"]),
+        (["--ppo", "{on: 3}"], ["ppo.True must be text", "YAML reads on, off"]),
+        (["--env.options.since", "2026-01-01"], ["no JSON", "put a date into quotes"]),
+        (["--env", "./my_env.py:E"], ["cannot import module './my_env.py'", "MODULE:ENV_ID"]),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_explained_in_one_line(capsys, tmp_path, arguments, parts):
@@ -370,6 +374,16 @@ def test_a_folder_that_holds_a_run_is_left_alone(capsys, finished, small):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
+def test_results_whose_checkpoints_were_removed_are_left_alone(capsys, finished, small, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("checkpoints"))
+    before = (run / "summary.json").read_bytes(), (run / "metrics.jsonl").read_bytes()
+    for begin in (["--config", small], ["--resume"]):
+        told = ("results of a finished run whose checkpoints are gone", "another --run")
+        check_fails(capsys, ["train", *begin, "--run", str(run)], *told)
+    assert ((run / "summary.json").read_bytes(), (run / "metrics.jsonl").read_bytes()) == before
+
+
 def test_a_folder_that_cannot_be_written_is_told(capsys, small, tmp_path):
     (tmp_path / "file").write_text("")
     run = str(tmp_path / "file" / "run")
@@ -420,6 +434,27 @@ def test_eval_prints_one_object(capsys, finished, which, tmp_path):
         "--records cannot be written",
         "give a file",
     )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "told"),
+    [
+        ("rollout:", "rollout must not be null"),
+        ("teacher: ties", "teacher must be a group of settings"),
+        ("env: {id: EZPoints, options: }", "env.options must not be null"),
+        ("env: {id: 5}", ""),
+        ("5: 3", "5 must be text"),
+        ("name: 2026-02-30", "cannot be read as YAML"),
+    ],
+)
+def test_a_recipe_of_eval_that_holds_no_settings_is_told(capsys, tmp_path, recipe, told):
+    path = tmp_path / "mine.yaml"
+    path.write_text(recipe)
+    play = ["eval", "--config", str(path), "--baselines", "random", "--episodes", "1"]
+    if "env" in recipe:  # the environment of the command line takes the place of what is wrong
+        assert main([*play, "--env", "Blackjack"]) == 0
+        return
+    check_fails(capsys, play, told)
 
 
 def test_eval_for_people_and_its_refusals(capsys, finished, tiny):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gtr_turbo.checks import ConfigError, suggest
 from gtr_turbo.config import EnvConfig, TrainConfig
 from gtr_turbo.settings import (
+    UNREADABLE,
     build_config,
     config_file,
     config_names,
@@ -125,6 +126,17 @@ def check_agent(name: str) -> None:
     raise ConfigError(f"{name!r} {told}")
 
 
+def _asked(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without what evaluation does not ask, and what may be for adapters only."""
+    unasked = {("rollout", "engine"), ("teacher", "history")}
+    return {
+        group: {name: value for name, value in held.items() if (group, name) not in unasked}
+        if isinstance(held, dict)
+        else held
+        for group, held in settings.items()
+    }
+
+
 def agent_of(options: argparse.Namespace) -> tuple[Policy | None, TrainConfig]:
     """The agent a path names: a run (its newest student or teacher), or a model; and its config.
 
@@ -156,9 +168,7 @@ def agent_of(options: argparse.Namespace) -> tuple[Policy | None, TrainConfig]:
         settings = merge(read_config(config_file(options.config)), {"model": model})
     if options.env:
         settings["env"] = other_environment(settings.get("env", {}), options.env)
-    for group, name in (("rollout", "engine"), ("teacher", "history")):
-        settings.get(group, {}).pop(name, None)  # not asked here, and may be for adapters only
-    config: TrainConfig = build_config(TrainConfig, settings)
+    config: TrainConfig = build_config(TrainConfig, _asked(settings))
     if not options.agent:
         return None, config
     from gtr_turbo.policy.model import Policy
@@ -181,7 +191,7 @@ def env_config(options: argparse.Namespace, config: TrainConfig) -> tuple[EnvCon
             raise ConfigError(f"--option {text!r} must be NAME=VALUE")
         try:
             given[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except UNREADABLE as error:
             told = " ".join(str(error).split())
             raise ConfigError(f"--option {text!r}: the value is no YAML ({told})") from error
     if "split" in given:

@@ -28,6 +28,11 @@ def check_keys(settings: Mapping[str, Any], cls: type, where: str = "") -> None:
     """
     known = {f.name: get_type_hints(cls)[f.name] for f in fields(cls)}
     for key, value in settings.items():
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"{where}{key!r} must be text, as names of settings are. YAML reads on, off, yes and no as true "
+                "and false"
+            )
         if key not in known:
             raise ConfigError(
                 f"unknown setting {where + key!r}; known{' in ' + where[:-1] if where else ''}: "

@@ -20,6 +20,9 @@ SFT_CONFIGS = CONFIGS / "sft"
 SWITCHES = {"model": "path", "env": "id", "guidance": "kind", "teacher": "method"}
 """Of a group, the setting that its name alone means: `--model X` is `--model.path X`."""
 
+UNREADABLE = (yaml.YAMLError, ValueError)
+"""What `yaml.safe_load` raises: ValueError of bytes that are no text, and of a date that is none, 2026-02-30."""
+
 WORDS = {
     float: "a number",
     int: "a whole number",
@@ -77,9 +80,9 @@ def with_overrides(settings: dict[str, Any], over: dict[str, Any]) -> dict[str, 
 def _same_environment(env: dict[str, Any], name: str) -> bool:
     from gtr_turbo.envs.contract import ContractError, resolve_id
 
-    found = resolve_id(name)
+    found, own = resolve_id(name), env.get("id", EnvConfig().id)
     with suppress(ContractError):  # the one of the settings may not be here
-        return resolve_id(env.get("id", EnvConfig().id)) == found
+        return isinstance(own, str) and resolve_id(own) == found
     return False
 
 
@@ -100,7 +103,8 @@ def other_environment(env: dict[str, Any], name: str) -> dict[str, Any]:
         "gtr/"
     ):  # the built-in ones all know the two styles of prompt, and `split`
         kept |= {key: value for key, value in env.items() if key.endswith("_split")}
-        style = env.get("options", {}).get("prompt")
+        options = env.get("options")
+        style = options.get("prompt") if isinstance(options, dict) else None
         kept["options"] = {"prompt": style} if style else {}
     return kept | {"id": name}
 
@@ -119,7 +123,7 @@ def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         settings = yaml.safe_load(text) or {}
         _check_once(yaml.compose(text, yaml.SafeLoader), path)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
+    except (*UNREADABLE, OSError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold settings (key: value), got {type(settings).__name__}")
@@ -169,7 +173,7 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         value = value if equals else rest.pop(0)
         try:
             read = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except UNREADABLE as error:
             raise ConfigError(f"value of {key} cannot be read: {value!r}") from error
         name = key[2:]
         if name in SWITCHES and not isinstance(read, dict):
@@ -256,8 +260,17 @@ def _words(hint: Any) -> str:
 
 
 def dump_config(config: Any) -> str:
-    """A config as YAML, every setting written out."""
+    """A config as YAML, every setting written out.
+
+    Raises:
+        ConfigError: an option of an environment is no JSON, as a date of YAML is.
+    """
     from dataclasses import asdict
 
-    plain = json.loads(json.dumps(asdict(config)))
+    try:
+        plain = json.loads(json.dumps(asdict(config)))
+    except TypeError as error:
+        raise ConfigError(
+            f"options hold a value that is no JSON ({error}); put a date into quotes"
+        ) from error
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

@@ -19,6 +19,7 @@ from gtr_turbo.config import TrainConfig
 from gtr_turbo.envs import make_env
 from gtr_turbo.settings import (
     SWITCHES,
+    UNREADABLE,
     build_config,
     dump_config,
     merge,
@@ -123,7 +124,7 @@ def read_factors(texts: Sequence[str]) -> list[Factor]:
         given, equals, listed = text.partition("=")
         try:
             values = yaml.safe_load(f"[{listed}]") if equals and listed else None
-        except yaml.YAMLError as error:
+        except UNREADABLE as error:
             raise ConfigError(f"the values of --vary {text!r} cannot be read: {error}") from error
         if not values:
             raise ConfigError(
