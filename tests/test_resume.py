@@ -16,7 +16,7 @@ from gtr_turbo.learning.update import make_optimizer
 from gtr_turbo.policy import starter
 from gtr_turbo.teacher.history import History
 from gtr_turbo.teaching_config import TeacherConfig
-from tiny import Silent, make_policy, scripted, settings
+from tiny import Silent, make_policy, replies, scripted, settings
 
 
 class Interrupting(Silent):
@@ -406,3 +406,16 @@ def test_the_summary_of_a_finished_run_stands_while_it_is_evaluated_again(
     with pytest.raises(KeyboardInterrupt):
         train(config_of(tiny, 1), tmp_path, Silent(), resume=True)
     assert (tmp_path / "summary.json").read_text() == before
+
+
+def test_a_start_that_writes_no_valid_reply_is_told(tiny, tmp_path, monkeypatch):
+    def mumble(policy, observed, sampling, generator, **options):
+        return replies(policy, observed, ["mumble"] * len(observed))
+
+    good, bad = Silent(), Silent()
+    train(config_of(tiny, 1), tmp_path / "good", good)
+    assert good.notes == []
+    monkeypatch.setattr("gtr_turbo.collect.generate", mumble)
+    train(config_of(tiny, 2), tmp_path / "bad", bad)
+    (note,) = bad.notes
+    assert "none of the first 4 replies is valid" in note

@@ -194,6 +194,11 @@ def _train(
             columns = per_turn(batch, learner.policy, config.save.trajectories)
             stored.write(iteration + 1, turns, columns)
         view.updated(row)
+        if iteration == 0 and row["rollout/valid"] == 0:
+            view.noted(
+                f"none of the first {config.turns_per_update} replies is valid, so there is nothing to reinforce or "
+                "to guide: begin with a model that writes the JSON its prompt asks for (docs/environments.md)"
+            )
         last = iteration + 1 == config.num_updates
         stopped = None if last else learner.stops_before(iteration + 2)
         if (iteration + 1) % config.save.interval == 0 or last or stopped:
