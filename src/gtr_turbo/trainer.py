@@ -196,8 +196,8 @@ def _train(
         view.updated(row)
         if iteration == 0 and row["rollout/valid"] == 0:
             view.noted(
-                f"none of the first {config.turns_per_update} replies is valid, so there is nothing to reinforce or "
-                "to guide: begin with a model that writes the JSON its prompt asks for (docs/environments.md)"
+                f"none of the first {config.turns_per_update} replies is valid, so there is nothing to reinforce "
+                "or to guide: begin with a model that writes the JSON its prompt asks for (docs/environments.md)"
             )
         last = iteration + 1 == config.num_updates
         stopped = None if last else learner.stops_before(iteration + 2)
