@@ -12,6 +12,7 @@ from gtr_turbo import cli, planning
 from gtr_turbo.config import TrainConfig
 from gtr_turbo.envs import check_env, make_env
 from gtr_turbo.settings import build_config, merge, read_config
+from gtr_turbo.sft_config import SFTConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,8 +21,8 @@ INLINE = re.compile(r"`((?:\w+=\w+ )*(?:gtr-turbo|torchrun)\s[^`]+)`")
 CALL = re.compile(r"(?:gtr-turbo|-m -- +gtr_turbo) ((?:train|compare|sft|plan)\b.*)")
 FORMS = {"NAME", "N", "CONFIG"}
 """With one of these words for a value it is no command but the form of one."""
-FILES = ("mine.yaml", "runs/mine/config.yaml", "DIR/config.yaml")
-"""What the pages take for granted: a recipe of the reader's, and runs of it."""
+FILES = ("mine.yaml", "runs/mine/config.yaml", "runs/ezpoints-seed0/config.yaml", "DIR/config.yaml")
+"""What the pages take for granted: a recipe of the reader's, and runs."""
 MINE = {
     "base": "points24-qwen2.5-vl-7b",
     "model": {"vision": "frozen"},
@@ -114,8 +115,13 @@ def test_a_recipe_of_the_pages_is_built(case):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda f: f.name)
 def test_an_example_recipe_has_an_environment_that_keeps_the_contract(file, reader):
-    config = build_config(TrainConfig, read_config(file))
-    check_env(make_env(config.env.id, **config.env.options))
+    settings = read_config(file)
+    if "demonstrations" in settings:
+        played = build_config(SFTConfig, settings).demonstrations
+    else:
+        played = [build_config(TrainConfig, settings).env]
+    for env in played:
+        check_env(make_env(env.id, **env.options))
 
 
 @pytest.mark.parametrize("case", blocks("python"), ids=lambda case: case[0])
