@@ -139,7 +139,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig:
-    """Credit and the update (METHOD: composite log-probability, one ratio a turn)."""
+    """Credit and the update (docs/method.md)."""
 
     _prefix = "ppo."
 

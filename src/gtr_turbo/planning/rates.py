@@ -99,8 +99,8 @@ def measured(file: Path, model: str | None) -> Rates:
         raise ConfigError(f"--measured {file} cannot be read: {error}") from error
     except (KeyError, TypeError, StopIteration, IndexError, AttributeError) as error:
         raise ConfigError(
-            f"--measured {file} is not a whole result of benchmarks/gpu.py: {error!r} is missing. It needs the "
-            "parts swap, generation, scoring, update and merge"
+            f"--measured {file} is not a whole result of benchmarks/gpu.py, which has the parts swap, generation, "
+            f"scoring, update and merge ({error} is missing): measure again, with more --minutes"
         ) from error
 
 
