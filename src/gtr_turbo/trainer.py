@@ -151,10 +151,8 @@ def _train(
     ranks = learner.policy.ranks
     spent.before(state.get("seconds", 0.0), state.get("cpu_seconds", 0.0) / ranks.world)
     if ranks.first:
-        if (
-            start < config.num_updates
-        ):  # of a shorter run that goes on; else it stands until it is written anew
-            (run / "summary.json").unlink(missing_ok=True)
+        if start < config.num_updates:  # else it stands until it is written anew
+            (run / "summary.json").unlink(missing_ok=True)  # of a shorter run that goes on
         metrics_file = JsonlWriter(run / "metrics.jsonl", keep_until=start)
         stored = Trajectories(run / "trajectories", config.save.trajectories, keep_until=start)
     view.started(config, run, start)

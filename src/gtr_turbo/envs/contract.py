@@ -131,10 +131,7 @@ def resolve_id(name: str) -> str:
             sys.path.append(os.getcwd())  # as `python -m gtr_turbo` has it
         try:
             importlib.import_module(module)
-        except (
-            ImportError,
-            TypeError,
-        ) as error:  # TypeError: `./my_env.py` is taken for a relative import
+        except (ImportError, TypeError) as error:  # TypeError: of a relative name, `./my_env.py`
             raise ContractError(
                 f"environment {name!r}: cannot import module {module!r} ({error}). "
                 "Give MODULE:ENV_ID with a module in this folder or on PYTHONPATH that registers ENV_ID."

@@ -133,9 +133,7 @@ class Endpoint:
             tally["microseconds"] += round(1e6 * (time.monotonic() - began))
         completion = loads(text, self.secret)
         counted = self._count_tokens(completion, tally)
-        made = (
-            problem(completion, COMPLETION) is None
-        )  # what is no completion may have cost nothing
+        made = problem(completion, COMPLETION) is None  # what is none may have cost nothing
         if made and not counted and (self._config.budget.tokens or self._config.budget.dollars):
             raise ConfigError(
                 f"{self._config.base_url} does not report its usage, so a budget of tokens or dollars cannot "
