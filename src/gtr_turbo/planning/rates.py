@@ -100,7 +100,7 @@ def measured(file: Path, model: str | None) -> Rates:
     except (KeyError, TypeError, StopIteration, IndexError, AttributeError) as error:
         raise ConfigError(
             f"--measured {file} is not a whole result of benchmarks/gpu.py, which has the parts swap, generation, "
-            f"scoring, update and merge ({error} is missing): measure again, with more --minutes"
+            f"scoring, update and merge ({str(error) or 'a model'} is missing): measure again, with more --minutes"
         ) from error
 
 
