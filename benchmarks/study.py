@@ -6,8 +6,8 @@ Runs lie in FOLDER/NAME. What `compare` says of them is copied to benchmarks/res
 and to docs/results, as NAME.html. `--summary` does so without starting a run. Settings, metrics and summary of each
 finished run are kept in benchmarks/results/study/NAME, with attempts.jsonl, so that a study goes on from there on
 another machine. Where a run lies in both places and is not the same, nothing is done: remove one of the two. The
-runs of `stress` with `kl` serve the ablations too, and are kept once, in `stress`. While kinds of guidance are
-compared, the script examples/solver_corrector.py is served for `external`.
+runs of `stress` with `kl` serve the ablations too, those of `points24` with `sft` serve `imitation`, and they are
+kept once. While kinds of guidance are compared, the script examples/solver_corrector.py is served for `external`.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ STUDIES: dict[str, list[str]] = {
         *("household-tiny", "--vary", "guidance=none,static,sft,kl", "--seeds", "3"),
         *("--eval.episodes", "200"),
     ],
+    # imitation of the merge, and of a teacher that stays the start: 1000 is more than the updates of a run
+    "imitation": [
+        *("points24", "--guidance", "sft", "--eval.interval", "10"),
+        *("--vary", "teacher.interval=1,1000", "--seeds", "5"),
+    ],
     # the published ablations
     "merge": [
         *STRESS,
@@ -85,8 +90,11 @@ UNCHANGED = {
     "estimator": "estimator=clip",
     "credit": "credit=advantage",
     "beta": "beta=20,center=true",
+    "imitation": "interval=1",
 }
-"""Of each ablation, the variant that has the settings of `stress` with `kl`."""
+"""The variant of a study that has the settings of another study's runs."""
+THOSE_RUNS = {"imitation": "points24/guidance=sft/seed*"}
+"""Where they are kept, if not as `stress/guidance=kl/seed[0-2]`."""
 KEPT = ("config.yaml", "metrics.jsonl", "summary.json")
 """Of a run; it is kept once the last of them is."""
 ATTEMPTS = "attempts.jsonl"
@@ -135,7 +143,7 @@ def bring(study: str, out: Path) -> None:
     results = ROOT / RESULTS
     kept = {run.relative_to(results / study): run for run in _finished(results / study)}
     if study in UNCHANGED:
-        same = _finished(results / "stress", "guidance=kl/seed[0-2]")
+        same = _finished(results, THOSE_RUNS.get(study, "stress/guidance=kl/seed[0-2]"))
         kept |= {Path(UNCHANGED[study], run.name): run for run in same}
     _refuse([(out / place, run) for place, run in kept.items() if (out / place).exists()])
     for place, run in kept.items():
@@ -145,7 +153,7 @@ def bring(study: str, out: Path) -> None:
 
 
 def keep(study: str, out: Path) -> None:
-    """Copy what is kept of each finished run that is not kept yet, but for those that `stress` keeps.
+    """Copy what is kept of each finished run that is not kept yet, but for those that another study keeps.
 
     Raises:
         SystemExit: another run is kept; both are named, and the others are copied.

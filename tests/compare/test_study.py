@@ -130,21 +130,33 @@ def test_the_runs_of_kl_serve_the_ablations_for_their_three_seeds(study, tmp_pat
     assert places == ["beta/beta=1,center=true/seed0", "beta/beta=20,center=true/seed0"]
 
 
-def test_the_unchanged_variant_of_each_ablation_is_the_recipe_of_kl(study):
+def test_the_unchanged_variant_is_the_recipe_of_the_runs_that_serve_it(study):
     parser, plans = argparse.ArgumentParser(), {}
     parser.add_argument("--vary", action="append")
     parser.add_argument("--seeds")
-    for name in ("stress", *study.UNCHANGED):
+    for name in ("stress", "points24", *study.UNCHANGED):
         recipe, *rest = study.STUDIES[name]
         own, rest = parser.parse_known_args(rest)
         over = read_overrides([part for part in rest if part])
-        over.pop("guidance", None)  # of `external` alone
+        over.get("guidance", {}).pop("external", None)  # counts for no other kind
         plan = make_plan(
             config_file(recipe), over, vary=own.vary, seeds=own.seeds, jobs=1, threads=1, out=None
         )
         plans[name] = {variant.label: variant.config for variant in plan.variants}
     for name, label in study.UNCHANGED.items():
-        assert plans[name][label] == plans["stress"]["guidance=kl"]
+        of, variant, _ = study.THOSE_RUNS.get(name, "stress/guidance=kl/").split("/")
+        assert plans[name][label] == plans[of][variant]
+    never = plans["imitation"]["interval=1000"]  # the teacher stays the start
+    assert never.num_updates < never.teacher.interval
+
+
+def test_imitation_takes_the_runs_of_points24(study, tmp_path):
+    out, kept = tmp_path / "imitation", tmp_path / "root" / study.RESULTS
+    for seed in (0, 4):
+        a_run(kept / "points24" / "guidance=sft" / f"seed{seed}", seed)
+    study.bring("imitation", out)
+    runs = sorted(str(path.relative_to(out)) for path in out.glob("*/*"))
+    assert runs == ["interval=1/seed0", "interval=1/seed4"]
 
 
 CHILD = """
