@@ -113,7 +113,7 @@ def main() -> int:
     parser.add_argument("--summary", action="store_true", help="of what is there; start nothing")
     options = parser.parse_args()
     out = options.folder / options.name
-    more = ["--jobs", str(options.jobs), "--threads", "1", "--out", str(out), "--episodes", "40"]
+    more = ["--jobs", str(options.jobs), "--threads", "1", "--out", str(out)]
     more += ["--only-summary"] if options.summary else []
     command = [sys.executable, "-m", "gtr_turbo", "compare", *STUDIES[options.name], *more]
     made = {name: out / name for name in ("compare.json", "compare.csv", "report.html")}

@@ -112,6 +112,17 @@ def test_a_prefix_of_the_choice_is_spread_over_runs_too(tmp_path):
     assert [e.run for e in first] == [0, 1, 0, 1, 0, 1]
 
 
+def test_episodes_without_an_end_are_chosen_last(tmp_path):
+    folder = make_run(tmp_path / "run", updates=6)
+    path = max((folder / "trajectories").glob("*.jsonl"))
+    write_lines(path, [*map(json.loads, path.read_text().splitlines()), turn(1, 90, 0)])
+    *ended, cut = join(read_run(folder).turns)[0]
+    assert cut.outcome == "unfinished"
+    order = order_of_choice([[*ended, cut]])
+    assert order[:2] == [ended[0], ended[-1]]
+    assert order[-1] is cut
+
+
 def test_episodes_bounds_the_replay_and_what_is_left_out_is_counted(tmp_path):
     folder = make_run(tmp_path / "run", updates=6)  # 9 episodes of 2 environments
     info = write_report([folder], tmp_path / "r.html", episodes=5)

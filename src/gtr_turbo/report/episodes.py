@@ -79,12 +79,16 @@ def spread(count: int) -> list[int]:
 
 
 def order_of_choice(episodes: Sequence[Sequence[Episode]]) -> list[Episode]:
-    """All episodes of all runs, so ordered that any prefix is spread over runs and over training."""
-    ranked = [
-        ((place + 0.5) / len(own), number, own[index])
-        for number, own in enumerate(episodes)
-        for place, index in enumerate(spread(len(own)))
-    ]
+    """All episodes of all runs, so ordered that any prefix is spread over runs and over training.
+
+    A run's episodes whose end was not stored come after its others.
+    """
+    ranked = []
+    for number, own in enumerate(episodes):
+        ended = [episode for episode in own if episode.outcome != "unfinished"]
+        cut = [episode for episode in own if episode.outcome == "unfinished"]
+        order = [part[index] for part in (ended, cut) for index in spread(len(part))]
+        ranked += [((place + 0.5) / len(own), number, e) for place, e in enumerate(order)]
     ranked.sort(key=lambda entry: entry[:2])
     return [episode for _, _, episode in ranked]
 
