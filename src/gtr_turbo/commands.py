@@ -296,13 +296,14 @@ def run_report(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Write the report of runs."""
     _no_rest(rest)
     from gtr_turbo.report import write_report
+    from gtr_turbo.terminal import printable
 
     runs = [Path(run) for run in options.runs]
     beside = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
     out = Path(options.out) if options.out else beside
     info = write_report(runs, out, episodes=options.episodes)
     for warning in info.warnings:
-        print(f"note: {warning}", file=sys.stderr)
+        print(f"note: {printable(warning)}", file=sys.stderr)
     left = f" of {info.episodes + info.left_out}" if info.left_out else ""
     print(
         f"written to {info.out}: {info.size / 1e6:.1f} MB, {info.runs} run(s), "

@@ -181,7 +181,7 @@ class TerminalView:
     def noted(self, text: str) -> None:
         """Print a line on standard error; with a panel, above it."""
         console = self.console if self.live else Console(stderr=True)
-        console.print(f"note: {text}", soft_wrap=True, markup=False, highlight=False)
+        console.print(f"note: {printable(text)}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _other_number(evaluation: Mapping[str, Any], summary: Mapping[str, Any]) -> str:

@@ -389,6 +389,22 @@ def test_a_run_that_cannot_be_read_is_no_success_though_it_has_ended(capsys, mad
     assert main([*arguments, "--only-summary"]) == 0, "it shows what is there"
 
 
+def test_damaged_files_cost_neither_the_table_nor_the_terminal(capsys, made):
+    deep = b"[" * 100_000
+    calls = [b'{"event": "call", "jobs": 1}', b"\xff\xfe", deep, b'{"event": "call", "jobs": 2}']
+    (made / "attempts.jsonl").write_bytes(b"\n".join(calls))
+    (made / "guidance=kl" / "seed0" / "summary.json").write_bytes(deep)
+    path = made / "guidance=none" / "seed1" / "summary.json"
+    nasty = path.read_text().replace("held-out", "\\u001b]0;title\\u0007\\u001b[31m\\u202e")
+    path.write_text(nasty)
+    found = summarise(made)
+    assert [call["jobs"] for call in found["calls"]] == [1, 2]
+    assert [variant["finished"] for variant in found["variants"]] == [3, 2]
+    text = capsys.readouterr().out
+    assert "title" in text
+    assert not {"\x1b", "\x07", "\u202e"} & set(text)
+
+
 def test_a_folder_of_another_config_stops_everything(capsys, made):
     finished(made / "guidance=kl" / "seed3", seed=3, over={"ppo": {"clip": 0.1}})
     arguments = ["compare", "ezpoints", *VARY, "--seeds", "4", "--out", str(made)]

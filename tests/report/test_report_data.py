@@ -419,6 +419,15 @@ def test_damaged_lines_are_skipped_counted_and_shown(tmp_path):
     assert (data["episodes"][0]["outcome"], len(data["episodes"][0]["turns"])) == ("unfinished", 1)
 
 
+def test_a_folder_among_the_stored_turns_is_told_and_skipped(tmp_path):
+    run = make_run(tmp_path / "run")
+    before = write_report([run], tmp_path / "r.html")
+    (run / "trajectories" / "000009.jsonl").mkdir()
+    info = write_report([run], tmp_path / "r.html")
+    assert info.warnings == ("run/trajectories/000009.jsonl: no file; skipped",)
+    assert info.turns == before.turns > 0
+
+
 @pytest.mark.parametrize("text", ["a: &a [*a]", "a: &a {b: *a}", "a: 2026-13-45", "a: \xff"])
 def test_a_config_that_cannot_be_shown_is_said_and_the_rest_is_shown(tmp_path, text):
     run = make_run(tmp_path / "run", updates=1)

@@ -369,6 +369,6 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """`summary.json` of a run; empty if there is none that can be read."""
     try:
         summary = json.loads((folder / "summary.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return summary if isinstance(summary, dict) else {}

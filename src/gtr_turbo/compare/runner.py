@@ -57,10 +57,10 @@ class Attempts:
 
     def calls(self) -> list[dict[str, Any]]:
         """What `call` wrote down: of each command that started runs, when, how, and on what."""
-        texts = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ()
+        texts = self.path.read_bytes().split(b"\n") if self.path.exists() else ()
         found = []
         for text in texts:
-            with suppress(ValueError):  # a line cut by a crash
+            with suppress(ValueError, RecursionError):  # a line cut by a crash
                 line = json.loads(text)
                 if isinstance(line, dict) and line.pop("event", None) == "call":
                     found.append(line)

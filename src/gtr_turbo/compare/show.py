@@ -15,6 +15,7 @@ from rich.text import Text
 from gtr_turbo.compare.measures import COSTS, CURVES, OVER_RUN, Measure
 from gtr_turbo.compare.results import Comparison, VariantResult
 from gtr_turbo.compare.statistics import TIE, Difference, Estimate
+from gtr_turbo.terminal import printable
 
 if TYPE_CHECKING:
     from gtr_turbo.compare import Plan
@@ -47,7 +48,7 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
     for split in splits:
         columns = [name for name in names if name.split("/", 1)[1].rpartition("/")[0] == split]
         shown = [n for n in columns if n.startswith(("before/", "after/"))]
-        where = f" ({split})" if split != "None" else ""
+        where = f" ({printable(split)})" if split != "None" else ""
         _table(console, f"success in the evaluations{where}", comparison, shown)
     _table(console, f"curves{OVER_RUN}", comparison, [n for n in names if n.startswith("area/")])
     if comparison.target is not None:
@@ -73,7 +74,9 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
 
 
 def _line(console: Console) -> Any:
-    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return lambda text: console.print(
+        printable(text), highlight=False, markup=False, soft_wrap=True
+    )
 
 
 def _table(

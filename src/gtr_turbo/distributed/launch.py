@@ -63,6 +63,8 @@ def speaks() -> bool:
 
 
 def tell(text: str) -> None:
-    """Print to standard error, unless another rank has told why the run ends."""
+    """Print to standard error, unless another rank has told why the run ends; control characters as escapes."""
     if speaks():
-        print(text, file=sys.stderr, flush=True)
+        from gtr_turbo.terminal import printable
+
+        print(*map(printable, text.split("\n")), sep="\n", file=sys.stderr, flush=True)

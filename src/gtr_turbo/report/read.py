@@ -240,6 +240,9 @@ def _turns(folder: Path, label: str, warnings: list[str]) -> list[StoredTurn]:
     files = [path for path in sorted(folder.glob("*.jsonl")) if path.stem.isdecimal()]
     turns: list[StoredTurn] = []
     for path in files:
+        if not path.is_file():
+            warnings.append(f"{label}/trajectories/{path.name}: no file; skipped")
+            continue
         damaged = []
         for number, found in _objects(path):
             turn = _turn(found or {}, int(path.stem))
