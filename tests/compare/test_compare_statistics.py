@@ -19,8 +19,8 @@ from gtr_turbo.compare.statistics import (
     mean_of_all,
     probability_of_improvement,
     student_interval,
-    student_quantile,
 )
+from gtr_turbo.student import student_quantile
 
 NAN = math.nan
 

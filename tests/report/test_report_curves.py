@@ -56,6 +56,31 @@ def test_a_point_can_be_the_mean_of_the_last_updates_and_the_band_is_of_such_mea
     assert reading(page, "rollout/success") == "12 steps: 0.5 (0.5 to 0.5)"
 
 
+def test_the_band_of_three_seeds_is_the_interval_of_their_mean_or_their_range(opened, tmp_path):
+    runs = [
+        make_run(tmp_path / str(seed), seed=seed, updates=20, trajectories=False)
+        for seed in range(3)
+    ]
+    for seed, run in enumerate(runs):
+        alternating = [float(seed if update % 2 else 3) for update in range(20)]
+        with_rows(run, rollout__success=alternating)
+        with_rows(run, thought__self_bleu=[float(seed)] * 20 if seed else [None] * 20)
+    write_report(runs, tmp_path / "r.html")
+    page = opened(tmp_path / "r.html").go()
+    # 0, 1, 2: deviation 1, t of 2 degrees of freedom 4.3027, 4.3027 / sqrt(3) = 2.484
+    assert reading(page, "rollout/success") == "last: 1 (\u22121.48 to 3.48)"
+    assert "95 % interval of the mean (Student's t)" in page.inner_text(".legend")
+    page.select_option("#show-metrics", "thought/self_bleu")
+    assert reading(page, "thought/self_bleu") == "last: 1.5 (1 to 2)"  # of two: their range
+    page.select_option("#show-metrics", "rollout/success")
+    page.select_option("#smooth", "3")
+    # the last three values are 0, 3, 0; 1, 3, 1; 2, 3, 2: means 1, 5/3, 7/3
+    assert reading(page, "rollout/success") == "last: 1.67 (0.011 to 3.32)"
+    page.select_option("#band", "range")
+    assert reading(page, "rollout/success") == "last: 1.67 (1 to 2.33)"
+    assert "lowest to highest seed" in page.inner_text(".legend")
+
+
 def test_a_metric_that_is_constant_but_for_rounding_is_drawn(opened, tmp_path):
     run = make_run(tmp_path / "run", updates=20, trajectories=False)
     with_rows(run, rollout__return=[0.1] * 20)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gtr_turbo.student import LEVEL, student_quantile
+
 Array = NDArray[np.float64]
 Interval = tuple[float, float]
 
@@ -23,7 +25,6 @@ RESAMPLES = 5000
 """Resamples of a bootstrap."""
 SEED = 0
 """Of every bootstrap: the same scores give the same interval."""
-LEVEL = 0.95
 TIE = 1e-9
 """Numbers closer than this (times the larger one, if that is above 1) are the same: float noise is no win."""
 
@@ -71,27 +72,6 @@ def interquartile_mean(scores: Array) -> Array:
     ordered = np.sort(scores, axis=-1)
     cut = ordered.shape[-1] // 4
     return np.asarray(ordered[..., cut : ordered.shape[-1] - cut].mean(axis=-1))
-
-
-def student_quantile(freedom: float, level: float = LEVEL) -> float:
-    """The t that a Student variable stays below in absolute value with probability `level`.
-
-    By bisection on Simpson's integral of the density, with the substitution t = sqrt(freedom) tan(u).
-    """
-    # density in u: c cos(u)^(freedom - 1) on (-pi/2, pi/2)
-    log_c = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(math.pi)
-
-    def inside(u: float) -> float:
-        grid = np.linspace(0.0, u, 2001)
-        heights = np.exp(log_c) * np.cos(grid) ** (freedom - 1)
-        simpson = heights[0] + heights[-1] + 4 * heights[1::2].sum() + 2 * heights[2:-1:2].sum()
-        return float(2 * simpson * u / 6000)
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < level else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
 
 
 def student_interval(scores: Array, level: float = LEVEL) -> Interval | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from gtr_turbo.report.groups import Groups, named_groups
 from gtr_turbo.report.read import Run
+from gtr_turbo.student import student_quantile
 
 MOST_POINTS = 1000
 """A curve has no more points than this; longer runs are averaged over blocks of updates."""
@@ -150,9 +151,14 @@ def curves(
     runs: Sequence[Run], most: int = MOST_POINTS, groups: Groups | None = None
 ) -> dict[str, Any]:
     """The part of the page's data that its charts are drawn from; by default the settings make the groups."""
+    groups = named_groups(runs) if groups is None else groups
     width = block_width([round(run.rows[-1]["update"]) for run in runs], most)
     table = [columns(run.rows, width) for run in runs]
     names = {name for run in table for name in run.metrics}
+    counts = {
+        sum(name in table[i].metrics for i in members) for _, members in groups for name in names
+    }
+    counts -= {0, 1, 2}  # two runs say next to nothing about an interval
     return {
         "width": width,
         "main": [name for name in MAIN if name in names],
@@ -170,8 +176,9 @@ def curves(
         ],
         "groups": [
             {"label": label, "runs": list(members), "bands": _bands([table[i] for i in members])}
-            for label, members in (named_groups(runs) if groups is None else groups)
+            for label, members in groups
         ],
+        "quantiles": {count: student_quantile(count - 1) for count in sorted(counts)},
     }
 
 

@@ -1,6 +1,6 @@
 // The section of curves: which charts, which axis, how smooth, one cursor for all of them.
 
-const curves = { axis: "steps", shown: "main", over: 1, charts: [] };
+const curves = { axis: "steps", shown: "main", over: 1, band: "range", charts: [] };
 const OVER = [1, 3, 5, 10, 30, 100, 300, 1000, 3000]; // updates that a point can be the mean of
 const MOST_THIN = 3; // with more groups, lines of single seeds would hide the means
 
@@ -27,6 +27,13 @@ function showCurves() {
     draw();
   }, { id: "smooth" });
   smooth.box.value = curves.over;
+  const intervals = Object.keys(data.curves.quantiles).length > 0;
+  if (intervals) curves.band = "interval";
+  const band = select("Band", [["interval", "95 % interval of the mean"], ["range", "lowest to highest seed"]], (value) => {
+    curves.band = value;
+    body.querySelector(".legend").replaceWith(legend());
+    draw();
+  }, { id: "band" });
   const axis = el("fieldset", { class: "toggle" }, el("legend", { class: "visually-hidden" }, "Horizontal axis"),
     ...[["steps", "Environment steps"], ["seconds", "Wall time"]].map(([value, text]) =>
       el("label", {}, el("input", { type: "radio", name: "axis", value, checked: value === "steps", disabled: value === "seconds" && !timed,
@@ -35,7 +42,7 @@ function showCurves() {
           draw();
         } }), el("span", {}, text))));
   body.append(
-    el("div", { class: "controls" }, show.field, widths.length > 1 ? smooth.field : null, axis),
+    el("div", { class: "controls" }, show.field, widths.length > 1 ? smooth.field : null, intervals ? band.field : null, axis),
     legend(),
     el("div", { id: "charts" }),
     el("output", { id: "curve-live", class: "visually-hidden", "aria-live": "polite" }),
@@ -54,15 +61,15 @@ function showCurves() {
 
 function legend() {
   const list = el("ul", { class: "legend", "aria-label": "Legend" });
-  let bands = false;
+  const kinds = new Set();
   data.curves.groups.forEach((group, g) => {
     const several = group.runs.length > 1;
-    bands ||= several;
+    if (several) kinds.add(bandName(group.runs.length));
     const seeds = group.runs.map((run) => data.runs[run].seed);
     const text = several ? `: mean of ${group.runs.length} seeds (${seeds.map((seed) => plain(seed)).join(", ")})` : "";
     list.append(el("li", {}, swatch(g), el("span", {}, visible(group.label), text)));
   });
-  if (bands) list.append(el("li", { class: "muted" }, `band: lowest to highest seed${data.curves.groups.length > MOST_THIN ? "" : "; thin lines: single seeds"}`));
+  if (kinds.size) list.append(el("li", { class: "muted" }, `band: ${[...kinds].sort().join("; of two seeds ")}${data.curves.groups.length > MOST_THIN ? "" : "; thin lines: single seeds"}`));
   return list;
 }
 

@@ -27,7 +27,7 @@ function linesOfOne(metric, axis, part) {
     const smooth = having.map(([, columns]) => smoothed(columns.updates, columns.metrics[metric], curves.over));
     having.forEach(([run, columns], i) => lines.push({ group: g, run, part, thin: Boolean(band), ...points(columns[axis], smooth[i]) }));
     if (!band) return;
-    const { mean, low, high } = curves.over > 1 ? rangeOf(band.steps, having.map(([, columns]) => columns.steps), smooth) : band;
+    const { mean, low, high } = curves.over > 1 || curves.band === "interval" ? bandOf(band.steps, having.map(([, columns]) => columns.steps), smooth) : band;
     lines.push({ group: g, run: null, part, thin: false, ...points(band[axis], mean, low, high) });
   });
   return lines.filter((line) => line.x.length);
@@ -45,12 +45,24 @@ function smoothed(updates, ys, over) {
   });
 }
 
-/** Mean, lowest and highest of several runs at `places`, where all of them have a value. */
-function rangeOf(places, steps, ys) {
+/** What the band of `count` runs shows. */
+const bandName = (count) => (curves.band === "interval" && own(data.curves.quantiles, count) ? "95 % interval of the mean (Student's t)" : "lowest to highest seed");
+
+/** Mean of several runs at `places`, where all of them have a value, and the ends of the band. */
+function bandOf(places, steps, ys) {
   const tables = steps.map((column, run) => new Map(column.map((step, i) => [step, ys[run][i]])));
   const found = places.map((step) => tables.map((table) => table.get(step)).filter((value) => value !== undefined && value !== null));
+  const mean = found.map((values) => values.reduce((sum, value) => sum + value, 0) / values.length);
+  const quantile = curves.band === "interval" && own(data.curves.quantiles, ys.length);
+  if (quantile) {
+    const half = found.map((values, i) => {
+      const squares = values.reduce((sum, value) => sum + (value - mean[i]) ** 2, 0);
+      return quantile * Math.sqrt(squares / (values.length - 1) / values.length);
+    });
+    return { mean, low: mean.map((value, i) => value - half[i]), high: mean.map((value, i) => value + half[i]) };
+  }
   return {
-    mean: found.map((values) => values.reduce((sum, value) => sum + value, 0) / values.length),
+    mean,
     low: found.map((values) => Math.min(...values)),
     high: found.map((values) => Math.max(...values)),
   };
@@ -264,7 +276,7 @@ function drawLine(svg, line, x, y) {
 
 /** The chart's numbers: a row for each place on the axis, a column for each run and each mean. */
 function dataTable(title, state) {
-  const heads = state.lines.map((line) => (line.run === null ? `${data.curves.groups[line.group].label} (mean; range)` : data.runs[line.run].label) + (line.part ? `, ${line.part}` : ""));
+  const heads = state.lines.map((line) => (line.run === null ? `${data.curves.groups[line.group].label} (mean; ${bandName(data.curves.groups[line.group].runs.length)})` : data.runs[line.run].label) + (line.part ? `, ${line.part}` : ""));
   const rows = new Map();
   state.lines.forEach((line, column) => line.x.forEach((x, i) => {
     if (!rows.has(x)) rows.set(x, []);
