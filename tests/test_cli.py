@@ -287,6 +287,13 @@ def test_resuming_needs_a_run_with_a_checkpoint(capsys, small, tmp_path):
     check_fails(capsys, ["train", "--resume", "--run", str(run)], "holds no complete checkpoint")
 
 
+def test_an_error_shows_control_characters_as_text(capsys):
+    assert main(["report", "runs/\x1b[31m\u202e\x07x"]) == 2
+    error = capsys.readouterr().err
+    assert r"runs/\x1b[31m\u202e\x07x does not exist" in error
+    assert not {"\x1b", "\x07", "\u202e"} & set(error)
+
+
 def test_a_run_that_cannot_go_on_with_other_settings_keeps_its_own(capsys, finished):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     resume = ["train", "--resume", "--run", str(finished), "--env_steps", "24", "--seed", "3"]

@@ -28,7 +28,7 @@ LAYERS = (
     ("config",),
     ("vllm_config",),
     ("teaching_config",),
-    ("checks",),
+    ("checks", "student", "text"),
 )
 """The order, from the top. An entry is a module, or a package with all that is in it."""
 

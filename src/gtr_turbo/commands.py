@@ -26,6 +26,7 @@ from gtr_turbo.settings import (
     with_overrides,
 )
 from gtr_turbo.sft_config import SFTConfig
+from gtr_turbo.text import printable
 
 if TYPE_CHECKING:
     from gtr_turbo.distributed.ranks import Ranks
@@ -296,7 +297,6 @@ def run_report(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Write the report of runs."""
     _no_rest(rest)
     from gtr_turbo.report import write_report
-    from gtr_turbo.terminal import printable
 
     runs = [Path(run) for run in options.runs]
     beside = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")

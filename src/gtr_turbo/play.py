@@ -21,7 +21,7 @@ from rich.text import Text
 from gtr_turbo.collect import EVALUATION, Envs, play, stream
 from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig
 from gtr_turbo.policy.model import Policy
-from gtr_turbo.terminal import printable
+from gtr_turbo.text import printable
 
 MAX_COLUMNS = 160
 """Columns of a frame in the terminal, at most."""

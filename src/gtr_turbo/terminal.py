@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gtr_turbo.config import TrainConfig
+from gtr_turbo.text import printable
 
 if TYPE_CHECKING:
     from gtr_turbo.merging import Report
@@ -48,15 +49,6 @@ SHOWN = (
     ("student, fixed deals", "eval/student_success", "{:.1%}"),
     ("merge, fixed deals", "eval/teacher_success", "{:.1%}"),
 )
-
-PRINTABLE = {"\n": " ", "\t": " "}
-
-
-def printable(text: str) -> str:
-    """Text safe for a terminal: control characters are shown as escapes, never obeyed."""
-    return "".join(
-        PRINTABLE.get(c, c) if c.isprintable() or c in PRINTABLE else repr(c)[1:-1] for c in text
-    )
 
 
 def sparkline(values: list[float], width: int = 32) -> str:

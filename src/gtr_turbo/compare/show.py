@@ -15,7 +15,7 @@ from rich.text import Text
 from gtr_turbo.compare.measures import COSTS, CURVES, OVER_RUN, Measure
 from gtr_turbo.compare.results import Comparison, VariantResult
 from gtr_turbo.compare.statistics import TIE, Difference, Estimate
-from gtr_turbo.terminal import printable
+from gtr_turbo.text import printable
 
 if TYPE_CHECKING:
     from gtr_turbo.compare import Plan

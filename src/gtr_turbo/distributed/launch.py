@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gtr_turbo.checks import ConfigError
+from gtr_turbo.text import printable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,4 @@ def speaks() -> bool:
 def tell(text: str) -> None:
     """Print to standard error, unless another rank has told why the run ends; control characters as escapes."""
     if speaks():
-        from gtr_turbo.terminal import printable
-
         print(*map(printable, text.split("\n")), sep="\n", file=sys.stderr, flush=True)
