@@ -389,6 +389,26 @@ def test_a_run_that_cannot_be_read_is_no_success_though_it_has_ended(capsys, mad
     assert main([*arguments, "--only-summary"]) == 0, "it shows what is there"
 
 
+def test_facts_of_the_replies_are_compared_too(capsys, made):
+    for run in sorted(made.glob("guidance=*/seed*")):
+        kind, seed = run.parent.name, int(run.name[-1])
+        summary = json.loads((run / "summary.json").read_text())
+        right = 0.5 + 0.1 * seed + (0.2 if kind == "guidance=kl" else 0.0)
+        student = summary["evaluations"]["after/held-out/student"]
+        student |= {"valid": 0.9, "facts": {"arithmetic": right, "odd": "\x1b[31m"}}
+        (run / "summary.json").write_text(json.dumps(summary))
+    none, kl = summarise(made)["variants"]
+    name = "judge/after/held-out/student/arithmetic"
+    assert none["estimates"][name]["mean"] == pytest.approx(0.6)
+    assert kl["differences"][name]["mean"] == pytest.approx(0.2)
+    assert kl["estimates"]["judge/after/held-out/student/valid"]["mean"] == pytest.approx(0.9)
+    assert "judge/after/held-out/student/odd" not in kl["estimates"]  # no number
+    text = capsys.readouterr().out
+    assert "replies of the student after (held-out)" in text
+    assert "80.0 %" in text
+    assert "+20.0" in text
+
+
 def test_damaged_files_cost_neither_the_table_nor_the_terminal(capsys, made):
     deep = b"[" * 100_000
     calls = [b'{"event": "call", "jobs": 1}', b"\xff\xfe", deep, b'{"event": "call", "jobs": 2}']

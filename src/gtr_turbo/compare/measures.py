@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,8 +53,8 @@ COSTS = {
 }
 
 
-def known_measures(splits: Sequence[str]) -> dict[str, Measure]:
-    """Every measure that runs with these splits can have, in the order of tables."""
+def known_measures(splits: Sequence[str], replies: Iterable[str] = ()) -> dict[str, Measure]:
+    """Every measure that runs with these splits and names of `replies` can have, in the order of tables."""
     found: dict[str, Measure] = {}
     for split in splits:
         for when, which, title in STAGES:
@@ -68,6 +68,10 @@ def known_measures(splits: Sequence[str]) -> dict[str, Measure]:
         found[f"area/{name}"] = Measure(
             f"{title}{OVER_RUN}", "fraction", None if gap else "higher", signed=gap
         )
+    for name in replies:
+        *_, which, fact = name.split("/")
+        who = "merge" if which == "teacher" else which
+        found[name] = Measure(f"{who}, {'valid replies' if fact == 'valid' else fact}", "fraction")
     found["target/steps"] = Measure("steps to the target", "steps", "lower")
     found["target/seconds"] = Measure("time to the target", "seconds", "lower")
     return found | COSTS
@@ -85,6 +89,20 @@ def evaluations(run: Run) -> dict[str, float]:
         student = key.removesuffix("teacher") + "student"
         if key.endswith("/teacher") and student in found:
             found[key.removesuffix("teacher") + "merge_minus_student"] = found[key] - found[student]
+    return found
+
+
+def replies(run: Run) -> dict[str, float]:
+    """Valid replies and each fact of the evaluations after training, by `judge/after/split/which/fact`."""
+    stored = run.summary.get("evaluations")
+    found: dict[str, float] = {}
+    for key, evaluation in stored.items() if isinstance(stored, Mapping) else ():
+        if isinstance(evaluation, Mapping) and str(key).startswith("after/"):
+            facts = evaluation.get("facts")
+            judged = facts if isinstance(facts, Mapping) else {}
+            for name, value in {"valid": evaluation.get("valid"), **judged}.items():
+                if (share := finite(value)) is not None:
+                    found[f"judge/{key}/{name}"] = share
     return found
 
 

@@ -104,7 +104,7 @@ def collect(
     read = [(result, result.run) for result in results if result.run is not None]
     on = measures.target_curve([run for _, run in read if run.rows])
     for result, run in read:
-        result.values.update(measures.evaluations(run))
+        result.values.update(measures.evaluations(run) | measures.replies(run))
         result.values.update(measures.costs(run))
         if target is not None:
             result.values.update(measures.reach(run, on, target))
@@ -119,7 +119,9 @@ def collect(
         for (result, _), height in zip(read, heights, strict=True):
             if height is not None:
                 result.values[f"area/{name}"] = height
-    known = measures.known_measures(measures.splits([result.values for result, _ in read]))
+    values = [result.values for result, _ in read]
+    replies = dict.fromkeys(name for one in values for name in one if name.startswith("judge/"))
+    known = measures.known_measures(measures.splits(values), replies)
     named = {n: m for n, m in known.items() if any(n in result.values for result, _ in read)}
     seeds = list(dict.fromkeys(job.seed for job in jobs))
     table = _Table(results, list(named), seeds, None if target is None else on)

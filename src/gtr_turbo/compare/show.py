@@ -50,6 +50,8 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
         shown = [n for n in columns if n.startswith(("before/", "after/"))]
         where = f" ({printable(split)})" if split != "None" else ""
         _table(console, f"success in the evaluations{where}", comparison, shown)
+        wrote = [n for n in names if n.startswith(f"judge/after/{split}/student/")]
+        _table(console, f"replies of the student after{where}", comparison, wrote)
     _table(console, f"curves{OVER_RUN}", comparison, [n for n in names if n.startswith("area/")])
     if comparison.target is not None:
         _target(console, comparison, comparison.target)
@@ -93,7 +95,7 @@ def _table(
         measure = comparison.measures[name]
         best = name_of_best(results, name, measure)
         cells = [_cell(result, name, measure, best) for result in results]
-        head = measure.title.removesuffix(OVER_RUN)
+        head = measure.title.removesuffix(OVER_RUN).removeprefix("student, ")
         lines = [*head.split(), *(line for cell in cells for line in cell.plain.split("\n"))]
         width = max(map(len, lines))
         columns.append(("\n".join(textwrap.wrap(head, width)), width, cells))
@@ -259,10 +261,14 @@ def _panel(
     measure = comparison.measures[name]
     kind, _, rest = name.partition("/")
     split = rest.rpartition("/")[0] if kind in ("before", "after") else ""
+    if kind == "judge":
+        split = rest.removeprefix("after/").rsplit("/", 2)[0]
     best = name_of_best(results, name, measure)
     return {
         "title": measure.title[:1].upper() + measure.title[1:],
-        "about": f"success on {split}" if split not in ("", "None") else "",
+        "about": f"{'of turns' if kind == 'judge' else 'success'} on {split}"
+        if split not in ("", "None")
+        else "",
         "unit": measure.unit,
         "main": kind == "after" or name == "area/rollout/success",
         "rows": [
