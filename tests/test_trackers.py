@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -210,6 +211,20 @@ def test_a_tracker_that_fails_is_dropped_and_told_once(tmp_path, two):
     (text,) = told
     assert text.startswith("wandb failed and is dropped")
     assert "ConnectionError: no route to host" in text
+
+
+def test_a_tracker_that_never_closes_is_left_behind(tmp_path, two, monkeypatch):
+    monkeypatch.setattr(trackers, "CLOSING_S", 0.1)
+    never, told = threading.Event(), []
+    monkeypatch.setattr(two["wandb"], "close", lambda failed: never.wait())
+    config = build_config(TrainConfig, {"trackers": ["wandb", "tensorboard"]})
+    writers = Trackers(config, tmp_path, told.append)
+    writers.close()
+    never.set()
+    assert two["tensorboard"].closed
+    assert writers.failed == 1
+    assert "wandb failed" in told[0]
+    assert "TimeoutError: it did not close within 0.1 s" in told[0]
 
 
 def test_a_run_outlives_its_tracker(tiny, tmp_path, two, monkeypatch):

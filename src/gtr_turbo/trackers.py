@@ -6,6 +6,7 @@ one that fails later is dropped, and the run goes on. Keys come from the environ
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import importlib.util
 import json
@@ -13,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +22,9 @@ from typing import Protocol
 
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import TrainConfig
+
+CLOSING_S = 600.0
+"""How long a run waits for a tracker to close; what was logged last may be on its way to a service."""
 
 
 class Writer(Protocol):
@@ -207,9 +212,14 @@ class Trackers:
             self._guard(name, functools.partial(writer.write, row))
 
     def close(self, *, failed: bool = False) -> None:
-        """Flush all that are left, and tell them if the run ends by an error or an interrupt."""
+        """Flush all that are left, and tell them if the run ends by an error or an interrupt.
+
+        One that takes longer than `CLOSING_S` is left to the end of the process.
+        """
         for name, writer in list(self._writers.items()):
-            self._guard(name, functools.partial(writer.close, failed=failed))
+            self._guard(
+                name, functools.partial(_in_time, functools.partial(writer.close, failed=failed))
+            )
         self._writers.clear()
 
     def _guard(self, name: str, act: Callable[[], None]) -> None:
@@ -222,3 +232,28 @@ class Trackers:
                 f"{name} failed and is dropped for the rest of this run, which goes on: "
                 f"{type(error).__name__}: {error}"
             )
+
+
+def _in_time(act: Callable[[], None]) -> None:
+    """Do it in a thread, which is given up after `CLOSING_S`.
+
+    Raises:
+        TimeoutError: it was given up.
+        Exception: what it raised.
+    """
+    errors: list[Exception] = []
+
+    def guarded() -> None:
+        try:
+            act()
+        except Exception as error:
+            errors.append(error)
+
+    # with the context of this thread: trackio keeps its run there
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(guarded,), daemon=True)
+    thread.start()
+    thread.join(CLOSING_S)
+    if thread.is_alive():
+        raise TimeoutError(f"it did not close within {CLOSING_S} s")
+    for error in errors:
+        raise error

@@ -46,6 +46,9 @@ class Scripted(solver_corrector.Handler):
             self.send(200, b'{"choices": [', {"Content-Type": "application/json"})
         elif isinstance(fault, tuple):
             status, headers, error = fault
+            if isinstance(error, bytes):
+                self.send(status, error, {"Content-Type": "text/html", **headers})
+                return
             error = error if isinstance(error, dict) else {"message": error}
             data = json.dumps({"error": error}).encode()
             self.send(status, data, {"Content-Type": "application/json", **headers})
