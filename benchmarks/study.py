@@ -52,7 +52,7 @@ STUDIES: dict[str, list[str]] = {
     ],
     "household": [
         *("household-tiny", "--vary", "guidance=none,static,sft,kl", "--seeds", "3"),
-        *("--eval.episodes", "200"),
+        *("--eval.episodes", "200", "--episodes", "16"),  # long ones, with a frame a turn
     ],
     # imitation of the merge, and of a teacher that stays the start: 1000 is more than the updates of a run
     "imitation": [
