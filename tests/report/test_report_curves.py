@@ -72,6 +72,9 @@ def test_the_band_of_three_seeds_is_the_interval_of_their_mean_or_their_range(op
     assert "95 % interval of the mean (Student's t)" in page.inner_text(".legend")
     page.select_option("#show-metrics", "thought/self_bleu")
     assert reading(page, "thought/self_bleu") == "last: 1.5 (1 to 2)"  # of two: their range
+    figure = page.locator('figure[data-metric="thought/self_bleu"]')
+    figure.locator("summary").click()
+    assert "lowest to highest seed" in figure.locator("thead").inner_text()
     page.select_option("#show-metrics", "rollout/success")
     page.select_option("#smooth", "3")
     # the last three values are 0, 3, 0; 1, 3, 1; 2, 3, 2: means 1, 5/3, 7/3

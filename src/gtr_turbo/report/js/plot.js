@@ -13,7 +13,7 @@ function ticks(low, high, count) {
   return found;
 }
 
-/** Lines of a metric, and of the one it is shown with: {group, run, thin, part, x, y, low, high}; mean lines of groups have low and high. */
+/** Lines of a metric, and of the one it is shown with: {group, run, thin, part, x, y, low, high}; mean lines of groups have low, high, and their runs' count. */
 function linesOf(metric, axis) {
   const pair = own(data.curves.pairs, metric);
   return pair ? pair.flatMap(([name, part]) => linesOfOne(name, axis, part)) : linesOfOne(metric, axis, "");
@@ -28,7 +28,7 @@ function linesOfOne(metric, axis, part) {
     having.forEach(([run, columns], i) => lines.push({ group: g, run, part, thin: Boolean(band), ...points(columns[axis], smooth[i]) }));
     if (!band) return;
     const { mean, low, high } = curves.over > 1 || curves.band === "interval" ? bandOf(band.steps, having.map(([, columns]) => columns.steps), smooth) : band;
-    lines.push({ group: g, run: null, part, thin: false, ...points(band[axis], mean, low, high) });
+    lines.push({ group: g, run: null, part, thin: false, count: having.length, ...points(band[axis], mean, low, high) });
   });
   return lines.filter((line) => line.x.length);
 }
@@ -276,7 +276,7 @@ function drawLine(svg, line, x, y) {
 
 /** The chart's numbers: a row for each place on the axis, a column for each run and each mean. */
 function dataTable(title, state) {
-  const heads = state.lines.map((line) => (line.run === null ? `${data.curves.groups[line.group].label} (mean; ${bandName(data.curves.groups[line.group].runs.length)})` : data.runs[line.run].label) + (line.part ? `, ${line.part}` : ""));
+  const heads = state.lines.map((line) => (line.run === null ? `${data.curves.groups[line.group].label} (mean; ${bandName(line.count)})` : data.runs[line.run].label) + (line.part ? `, ${line.part}` : ""));
   const rows = new Map();
   state.lines.forEach((line, column) => line.x.forEach((x, i) => {
     if (!rows.has(x)) rows.set(x, []);
