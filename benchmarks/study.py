@@ -59,6 +59,11 @@ STUDIES: dict[str, list[str]] = {
         *("points24", "--guidance", "sft", "--eval.interval", "10"),
         *("--vary", "teacher.interval=1,1000", "--seeds", "5"),
     ],
+    # twice the published steps
+    "longer": [
+        *("points24", "--env_steps", "61440", "--eval.interval", "10"),
+        *("--vary", "guidance=none,sft", "--seeds", "1,"),
+    ],
     # the published ablations
     "merge": [
         *STRESS,
