@@ -37,6 +37,7 @@ def comparison(label="guidance=kl"):
             row("guidance=none", 0, 0.5, [0.4, 0.6, 0.5]),
             row(label, 1, 0.75, [0.7, 0.8], best=True, difference=gap),
             row("guidance=sft", None, None, [], low=None, high=None),
+            row("guidance=static", None, -0.0004, [-0.0004], low=-0.0504, high=0.0496),
         ],
     }
     alike = gap | {"mean": 0.0, "low": None, "high": None, "above": 0, "below": 0}
@@ -83,13 +84,14 @@ def test_variants_stand_beside_each_other_with_seeds_and_intervals(opened, compa
     assert page.inner_text("h1") == "GTR-Turbo comparison"
     assert page.locator("#comparison-link").is_visible()
     first = page.locator(".compared").first
-    none, kl, sft = (words(first.locator("tbody tr").nth(i)) for i in range(3))
+    none, kl, sft, static = (words(first.locator("tbody tr").nth(i)) for i in range(4))
     assert none == "guidance=none 3 runs 50.0 % 40.0 % to 60.0 % –"
     assert (
         kl
         == "guidance=kl 2 of 3 runs ★ 75.0 % 65.0 % to 85.0 % +25.0 −5.0 to +55.0 higher in 1 of 2"
     )
     assert sft == "guidance=sft 0 of 3 runs – 0.0 −0.1 to 0.0 higher in 0 of 2"
+    assert static == "guidance=static 1 of 3 runs 0.0 % −5.0 % to 5.0 % –"
     plot = first.locator("tbody tr").nth(1).locator("td.plot svg")
     assert plot.get_attribute("aria-label") == (
         "seeds 70.0 %, 80.0 %; mean 75.0 %, interval 65.0 % to 85.0 %"

@@ -53,7 +53,7 @@ function visible(text) {
 /** The same for places that take only a string (labels, options, titles). */
 const plain = (text) => text.replace(ODD, (char) => `[${oddName(char)}]`);
 
-/** A number with four significant digits; an en dash for none. */
+/** A number with three significant digits, below 0.1 with two; an en dash for none. */
 function fmt(value) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
@@ -62,7 +62,8 @@ function fmt(value) {
   return String(Number(value.toPrecision(size < 0.1 ? 2 : 3))).replace("-", "−");
 }
 
-const percent = (value) => `${(100 * value).toFixed(1)} %`;
+/** Per cent with one digit; what rounds to 0 has no sign. */
+const percent = (value) => `${(100 * value).toFixed(1).replace("-0.0", "0.0").replace("-", "−")} %`;
 
 function duration(seconds) {
   if (seconds === null || seconds === undefined) return "–";
