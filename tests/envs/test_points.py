@@ -412,9 +412,14 @@ def test_a_step_with_a_fraction_below_the_line_is_read_as_it_is_written():
     assert [holds(claim) for claim in read_claims("8/3/2=5, 3-8/3=1/3, -5+7=2")] == [
         False, True, True,
     ]  # fmt: skip
+    assert [holds(claim) for claim in read_claims("8/4/-2=-1, 8/4/-2=-4, 8/4/-2=4")] == [
+        True, True, False,
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["3/00+1=4", "1/0=0", "3/0/0=1", "1+1=2/0", "8/4/0=2", "0/0=0"])
+@pytest.mark.parametrize(
+    "text", ["3/00+1=4", "1/0=0", "3/0/0=1", "1+1=2/0", "8/4/0=2", "0/0=0", "48/2/-0=0"]
+)
 def test_a_number_over_zero_is_wrong_and_no_error(text):
     assert [holds(claim) for claim in read_claims(text)] == [False]
 

@@ -93,17 +93,16 @@ def read_claims(text: str) -> list[Claim]:
     """
     claims = []
     for a, operator, b, result in _STEP.findall(text):
-        readings = [(a, operator, b)]
-        if operator == "/" and "/" in a and "/" not in b:
-            numerator, _, denominator = a.partition("/")
-            readings.append((numerator, "/", f"{denominator}/{b}"))
-        found = []
-        for x, op, y in readings:
-            try:
-                found.append((Fraction(x), op, Fraction(y), Fraction(result)))
-            except ZeroDivisionError:
-                found.append((Fraction(0), "/", Fraction(0), Fraction(0)))
-        claims.append(next(filter(holds, found), found[0]))
+        readings: list[Claim] = []
+        try:
+            readings.append((Fraction(a), operator, Fraction(b), Fraction(result)))
+            if operator == "/" and "/" in a and "/" not in b:
+                numerator, _, denominator = a.partition("/")
+                below = Fraction(denominator) / Fraction(b)
+                readings.append((Fraction(numerator), "/", below, Fraction(result)))
+        except ZeroDivisionError:
+            readings = readings or [(Fraction(0), "/", Fraction(0), Fraction(0))]
+        claims.append(next(filter(holds, readings), readings[0]))
     return claims
 
 
