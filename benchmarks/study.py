@@ -62,7 +62,7 @@ STUDIES: dict[str, list[str]] = {
     # twice the published steps
     "longer": [
         *("points24", "--env_steps", "61440", "--eval.interval", "10"),
-        *("--vary", "guidance=none,sft", "--seeds", "1,"),
+        *("--vary", "guidance=none,sft", "--seeds", "5"),
     ],
     # the published ablations
     "merge": [
