@@ -169,6 +169,11 @@ def test_the_code_of_a_card_has_an_action_written(adapter, tmp_path, monkeypatch
     assert capsys.readouterr().out.splitlines()[-1] in {"2", "10", "+", "*", "-", "/", "="}
 
 
+def test_the_name_of_a_split_may_hold_a_slash():
+    found = {"after/valid/unseen/student": SUMMARY["evaluations"]["after/held-out/student"]}
+    assert "valid/unseen | this student" in card(summary=SUMMARY | {"evaluations": found})
+
+
 def test_an_evaluation_on_other_episodes_than_the_rest_says_so():
     before = SUMMARY["evaluations"]["before/held-out/student"] | {"episodes": 500}
     evaluations = SUMMARY["evaluations"] | {"before/held-out/student": before}

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from gtr_turbo.envs.cards.blackjack import BlackjackEnv
 from gtr_turbo.envs.cards.numberline import NumberLineEnv
 from gtr_turbo.envs.cards.points import EZPointsEnv, Points24Env
-from gtr_turbo.parsing import _stands, parse, thought_tokens
+from gtr_turbo.parsing import _stands, parse, thought_tokens, token_texts
 
 KEYS = ("thoughts", "action")
 
@@ -176,6 +176,37 @@ INVALID = {
     "single quotes only": "{" + "'" * 19_000 + "}",
     "comments": "{" + "/*" * 9_000 + "}",
 }
+
+
+@pytest.mark.parametrize(
+    "before", ["Set {7, 5}. ", '<think>{"a": 1}</think>\n', "{} ", "{a}{b}{c}", "\u2028{"]
+)
+@pytest.mark.parametrize("behind", ["", " Done."])
+def test_an_object_behind_other_braces_is_read(before, behind):
+    reply = '{"thoughts": "x", "action": "1"}'
+    parsed = parse(before + reply + behind, ("thoughts", "action"))
+    closed = before.count("{") == before.count("}")
+    assert parsed.valid is (closed or not behind)
+    if closed:
+        assert (parsed.action, parsed.action_start) == ("1", len(before) + reply.index('"action"'))
+
+
+def test_an_object_inside_one_that_was_cut_is_not_the_reply():
+    cut = '{"thoughts": {"thoughts": "x", "action": "1"}, "formula": "'
+    assert not parse(cut, ("thoughts", "action")).valid
+
+
+def test_windows_ends_of_lines_are_blanks():
+    assert parse("{'thoughts': 'x', 'action': '1'}\r\n", ("thoughts", "action")).valid
+
+
+def test_a_character_of_several_tokens_is_the_text_of_the_last():
+    decode = lambda ids: bytes(ids).decode("utf-8", "replace")  # noqa: E731
+    text = "é 🂡.红"
+    texts = token_texts(list(text.encode()), decode)
+    assert texts == ["", "é", " ", "", "", "", "🂡", ".", "", "", "红"]
+    assert token_texts(list("aé".encode())[:2], decode) == ["a", "\ufffd"]  # cut off
+    assert token_texts([0x80] * 5, decode) == ["", "", "", "\ufffd" * 4, "\ufffd"]
 
 
 @pytest.mark.parametrize("name", VALID)

@@ -201,7 +201,7 @@ def test_nothing_is_overwritten_and_no_other_models_files_are_mixed_in(tmp_path,
 
 
 def test_the_vision_tower_cannot_learn_without_labels(monkeypatch, tmp_path):
-    monkeypatch.setattr(sft, "visible", lambda info: torch.full((sft.SLOTS,), -100))
+    monkeypatch.setattr(sft, "visible", lambda info, game: torch.full((sft.SLOTS,), -100))
     few = DemonstrationConfig(id="NumberLine", turns=4, options={"prompt": "compact"})
     config = SFTConfig(out=str(tmp_path / "out"), demonstrations=[few], vision_steps=1, steps=1)
     with pytest.raises(ConfigError, match="vision_steps"):
@@ -216,7 +216,7 @@ def test_the_vision_tower_cannot_learn_where_it_is_frozen():
 def shown(policy, count):
     data = sft.Demonstrations()
     config = DemonstrationConfig(options={"prompt": "compact"}, turns=count)
-    data.collect(policy, config, seed=0)
+    data.collect(policy, config, seed=0, labelled=True)
     return data
 
 
@@ -327,10 +327,31 @@ def test_the_frame_of_a_household_has_labels():
     """(kind of receptacle, closed, objects in it, hand) in the last four places."""
     env = make_env("Household-Place", **HOUSE)
     _, info = env.reset(seed=3)
-    assert sft.visible(info)[-4:].tolist() == [0, 0, 0, 0]
+    assert sft.visible(info, game=True)[-4:].tolist() == [0, 0, 0, 0]
     went = next(action for action in info["actions"] if action.startswith("go to"))
     _, _, _, _, info = env.step(went)
-    kind, closed, count, held = sft.visible(info)[-4:].tolist()
+    kind, closed, count, held = sft.visible(info, game=True)[-4:].tolist()
     taken = [action for action in info["actions"] if action.startswith("take")]
     assert (kind > 0, held, count) == (True, 0, len(taken)) or closed
-    assert torch.equal(sft.visible({"numbers": [1, 2]})[-4:], torch.full((4,), -100))
+    assert torch.equal(sft.visible({"numbers": [1, 2]}, game=True)[-4:], torch.full((4,), -100))
+
+
+def test_keys_of_built_in_games_are_labels_in_no_other_environment():
+    info = {"player": (3, 4), "target": "door", "numbers": 3, "shown": np.array([31, 0])}
+    assert sft.visible(info, game=False).tolist() == [-100] * 14 + [31, 0]
+
+
+@pytest.mark.parametrize("shown", [[32], [-1], [0.5], 3, [1, 2, 3, 4, 5], "door"])
+def test_what_a_frame_shows_must_be_labels(shown):
+    with pytest.raises(
+        ConfigError, match=r"list up to 4 whole numbers from 0 to 31.*vision_steps 0"
+    ):
+        sft.visible({"shown": shown}, game=False)
+
+
+@pytest.mark.parametrize("wanted", [{"noise": 0.1}, {"stray": 0.1}])
+def test_noise_wants_actions_to_choose_from(wanted):
+    options = {"granularity": "formula", "prompt": "compact"}
+    config = DemonstrationConfig(id="Points24", options=options, turns=1, **wanted)
+    with pytest.raises(ConfigError, match=r"lists no info\['actions'\]"):
+        next(sft.played(config, seed=0))

@@ -85,12 +85,13 @@ def test_a_name_is_no_markup():
         {
             "name": "lr[/kl]", "seed": 0, "episodes": 10, "env_steps": 4, "seconds": 1.0, "peak_rss_mb": 1.0,
             "success_after": None, "success_merge": None, "student": "s", "teacher": "t",
-            "evaluations": {"before/odd[b]/student": evaluation},
+            "evaluations": {"before/odd[b]/student": evaluation, "before/a/b/student": evaluation},
         },
     )  # fmt: skip
     text = console.file.getvalue()
     assert "lr[/kl] · seed 0" in text
     assert "odd[b], 10 episodes" in text
+    assert re.search(r"a/b, 10 episodes.*50\.0 %", text)
 
 
 def test_the_summary_says_which_evaluation_rests_on_other_episodes():

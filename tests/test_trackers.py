@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from gtr_turbo.cli import main
 from gtr_turbo.config import TrainConfig
 from gtr_turbo.settings import build_config, dump_config
 from gtr_turbo.trackers import Trackers, chosen
+from gtr_turbo.tracking import JsonlWriter, peak_rss_mb
 from tiny import Silent, scripted, settings
 
 ROW = {"update": 1, "env_steps": 8, "rollout/success": 0.5, "rollout/valid": 1.0}
@@ -225,6 +227,18 @@ def test_a_tracker_that_never_closes_is_left_behind(tmp_path, two, monkeypatch):
     assert writers.failed == 1
     assert "wandb failed" in told[0]
     assert "TimeoutError: it did not close within 0.1 s" in told[0]
+
+
+def test_a_damaged_byte_in_the_metrics_costs_one_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"update": 1}\n{"upd\xffate": 2}\n{"update": 3}\n{"update": 4}\n')
+    JsonlWriter(path, keep_until=3).write({"update": 4})
+    assert [json.loads(line)["update"] for line in path.read_text().splitlines()] == [1, 3, 4]
+
+
+def test_memory_is_counted_in_millions_of_bytes():
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+    assert peak_rss_mb() == pytest.approx(int(line.split()[1]) * 1024 / 1e6, rel=0.01)
 
 
 def test_a_run_outlives_its_tracker(tiny, tmp_path, two, monkeypatch):

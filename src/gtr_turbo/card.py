@@ -235,7 +235,8 @@ def _results(summary: Mapping[str, Any], which: str) -> list[dict[str, str]]:
     rows = []
     names = {"before": "the model the run began with", "after": f"this {which}"}
     for key, found in summary.get("evaluations", {}).items():
-        when, split, player = key.split("/", 2)
+        when, _, rest = key.partition("/")
+        split, _, player = rest.rpartition("/")
         if player != ("student" if when == "before" else which):
             continue
         low, high = found["interval"]

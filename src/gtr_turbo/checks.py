@@ -46,6 +46,16 @@ def check_keys(settings: Mapping[str, Any], cls: type, where: str = "") -> None:
             check_keys(value, known[key], f"{where}{key}.")
 
 
+def check_options(name: str, options: Mapping[Any, Any]) -> None:
+    """Refuse options of an environment whose names are no text."""
+    for key in options:
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"{name}: the name {key!r} must be text. YAML reads on, off, yes and no as true and false; put it "
+                "in quotes"
+            )
+
+
 def check_seed(owner: Any) -> None:
     """Refuse a `seed` that is no number of a generator."""
     if not 0 <= owner.seed < 2**63:

@@ -9,7 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gtr_turbo.checks import ConfigError, check_seed, fraction, not_negative, positive
+from gtr_turbo.checks import (
+    ConfigError,
+    check_options,
+    check_seed,
+    fraction,
+    not_negative,
+    positive,
+)
 from gtr_turbo.teaching_config import GuidanceConfig, TeacherConfig
 from gtr_turbo.vllm_config import VllmConfig
 
@@ -87,6 +94,7 @@ class EnvConfig:
 
     def __post_init__(self) -> None:
         positive(self, "num_envs")
+        check_options("env.options", self.options)
         if "split" in self.options:
             raise ConfigError("set env.train_split and env.eval_split, not env.options.split")
 

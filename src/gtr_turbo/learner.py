@@ -17,6 +17,7 @@ from gtr_turbo.distributed.ranks import ALONE, Ranks
 from gtr_turbo.learning.advantages import assign_credit
 from gtr_turbo.learning.losses import masked_mean
 from gtr_turbo.learning.update import Imitation, make_optimizer, update
+from gtr_turbo.parsing import token_texts
 from gtr_turbo.policy.engine import Engine
 from gtr_turbo.policy.memory import CudaMeter, Microbatch
 from gtr_turbo.policy.model import Policy
@@ -356,7 +357,7 @@ def per_turn(batch: Batch, policy: Policy, envs: int) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {
         "advantage": advantages.tolist(),
         "tokens": [
-            [policy.processor.decode([token]) for token in row[mask].tolist()]
+            token_texts(row[mask].tolist(), policy.processor.decode)
             if number % batch.shape[1] < envs
             else []
             for number, (row, mask) in enumerate(

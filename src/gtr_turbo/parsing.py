@@ -16,6 +16,7 @@ MAX_REPAIR = 20_000  # characters; a longer reply that is no JSON is not worth r
 MAX_OPEN = 200  # braces and brackets; a reply with more is refused, so that nothing nests deeply
 MAX_TRIED = 3  # places where a first object may end and another begin
 MAX_STANDS = 1_000  # characters of an action that had to be repaired; a longer one is refused
+MAX_PARTS = 4  # tokens of a character: its bytes in UTF-8
 _NEXT = re.compile(r"\}\s*\{")
 _COLON = re.compile(r"\s*:")
 _ACTION = re.compile(r"""["']?\baction["']?\s*:""")  # of replies that are not strict JSON
@@ -75,7 +76,7 @@ def _load(text: str) -> tuple[Any, bool]:
         return json.JSONDecoder().raw_decode(text)[0], True
     except (ValueError, RecursionError):
         pass  # not strict JSON: repaired below, or None
-    if len(text) > MAX_REPAIR or not text.rstrip("` \n\t").endswith("}"):
+    if len(text) > MAX_REPAIR or not text.rstrip("` \r\n\t").endswith("}"):
         return None, False
     for behind in itertools.islice(_NEXT.finditer(text), MAX_TRIED):
         first = _repaired(text[: behind.start() + 1])  # of several objects, the last would win
@@ -136,6 +137,28 @@ def _written(char: str, slash: str) -> str:
     return own if escaped == char else rf"(?:{own}|(?i:{re.escape(escaped)}))"
 
 
+def _behind(text: str, start: int) -> tuple[int, Any, bool] | None:
+    """Behind what the brace at `start` opens, the first object with an action, as in `{7, 5}. {"action": "5"}`.
+
+    Returns:
+        Where it begins, the object, and True for strict JSON, which alone counts here; None if there is none.
+    """
+    depth, tried = 0, 0
+    for at in range(start, min(len(text), MAX_REPAIR)):
+        if text[at] == "{":
+            if depth == 0 and at > start:
+                value, strict = _load(text[at:])
+                if strict and isinstance(value, dict) and "action" in value:
+                    return at, value, strict
+                tried += 1
+            depth += 1
+        elif text[at] == "}":
+            depth -= 1
+        if depth < 0 or tried == MAX_TRIED:
+            break
+    return None
+
+
 def parse(text: str, required: Sequence[str]) -> Parsed:
     """Read a reply.
 
@@ -143,7 +166,7 @@ def parse(text: str, required: Sequence[str]) -> Parsed:
     comma and the like are repaired if the object is closed. A key given twice has its last value; the
     action then begins where the key first stands, so that no part of any action counts as thought. A repaired
     reply in which the action is not all that stands behind such a key is not valid: a repair may cut it. Of
-    several objects the first counts.
+    several objects the first with an action counts.
 
     Args:
         text: the reply without its end token.
@@ -153,6 +176,15 @@ def parse(text: str, required: Sequence[str]) -> Parsed:
     if start < 0:
         return Parsed()
     value, strict = _load(text[start:])
+    found = _read(text, start, value, strict, required)
+    if found.valid or (strict and isinstance(value, dict) and "action" in value):
+        return found
+    behind = _behind(text, start)
+    return _read(text, *behind, required) if behind else found
+
+
+def _read(text: str, start: int, value: Any, strict: bool, required: Sequence[str]) -> Parsed:
+    """The reply whose object begins at `start` and was loaded as `value`."""
     if not isinstance(value, dict) or any(key not in value for key in required):
         return Parsed()
     action, order = value["action"], list(value)
@@ -171,6 +203,24 @@ def parse(text: str, required: Sequence[str]) -> Parsed:
         valid=True,
         strict=strict,
     )
+
+
+def token_texts(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """The text of each token; a character that several tokens make is that of the last of them, the others have "".
+
+    Args:
+        ids: the sampled ids.
+        decode: ids -> text, with U+FFFD for a part of a character.
+    """
+    texts: list[str] = []
+    parts: list[int] = []
+    for token in ids:
+        parts.append(token)
+        text = decode(parts)
+        whole = not text.endswith("\ufffd") or len(parts) == MAX_PARTS
+        texts.append(text if whole else "")
+        parts = [] if whole else parts
+    return [*texts[:-1], decode(parts)] if parts else texts
 
 
 def thought_tokens(

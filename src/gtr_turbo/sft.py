@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
@@ -37,22 +37,36 @@ from gtr_turbo.turns.turn import Observed
 Report = Callable[[dict[str, float]], None]
 CLASSES = 32  # numbers a frame can show, 0..31, for the throw-away head
 SLOTS = 16
+SHOWN = 4
+"""Most of the numbers that an environment can put into `shown`."""
 WORDY_TURNS = 4000
 """So many turns of every environment a vocabulary is made of."""
 
 
-def visible(info: Mapping[str, Any]) -> Tensor:
+def visible(info: Mapping[str, Any], game: bool) -> Tensor:
     """(SLOTS,) int64: the numbers a frame shows, by place; -100 where there is none.
 
-    Read from the truth an environment puts into `info` (docs/environments.md): `numbers` of n cards,
-    `target` and `current`, `player` and `dealer`, `shown`.
+    Read from the truth an environment puts into `info` (docs/environments.md): `shown`, and of the games built in
+    `numbers` of n cards, `target` and `current`, `player` and `dealer`.
+
+    Raises:
+        ConfigError: `shown` is not what it must be.
     """
     labels = torch.full((SLOTS,), -100)
+    shown = info.get("shown", ())
+    places = list(shown) if isinstance(shown, (Sequence, np.ndarray)) else [None]
+    whole = all(isinstance(n, (int, np.integer)) and 0 <= n < CLASSES for n in places)
+    if len(places) > SHOWN or not whole:
+        raise ConfigError(
+            f"info['shown'] must list up to {SHOWN} whole numbers from 0 to {CLASSES - 1}, the labels of "
+            f"vision_steps, got {shown!r:.200}; leave it out, or give vision_steps 0"
+        )
+    labels[SLOTS - len(places) :] = torch.tensor(places, dtype=torch.long)
+    if not game:
+        return labels
     numbers = info.get("numbers", ())
     offset = {2: 0, 4: 2}.get(len(numbers), 0)
     labels[offset : offset + len(numbers)] = torch.tensor(numbers, dtype=torch.long)
-    shown = info.get("shown", ())
-    labels[SLOTS - len(shown) :] = torch.tensor(shown, dtype=torch.long)
     for slot, key in enumerate(("target", "current", "player", "dealer"), start=8):
         if key in info:
             labels[slot] = int(info[key])
@@ -67,18 +81,28 @@ class Demonstrations:
         self.replies: list[Tensor] = []
         self.labels: list[Tensor] = []
 
-    def collect(self, policy: Policy, config: DemonstrationConfig, seed: int) -> None:
+    def collect(
+        self, policy: Policy, config: DemonstrationConfig, seed: int, *, labelled: bool
+    ) -> None:
         """Let the expert of an environment play until `config.turns` turns are recorded.
+
+        Args:
+            policy: reads the observations.
+            config: the environment, and how its expert plays.
+            seed: of the episodes.
+            labelled: record what the frames show, too.
 
         Raises:
             ConfigError: the environment has no `demonstrate`.
         """
+        game = resolve_id(config.id).startswith("gtr/")
         for observation, reply, info in islice(played(config, seed), config.turns):
             (seen,) = policy.tokenize([observation["image"]], [observation["prompt"]])
             assert seen.shown is not None
             self.observed.append(replace(seen, frame=seen.shown))  # the larger one is not kept
             self.replies.append(policy.processor.reply_ids(json.dumps(reply, ensure_ascii=False)))
-            self.labels.append(visible(info))
+            if labelled:
+                self.labels.append(visible(info, game))
 
 
 def played(
@@ -101,6 +125,10 @@ def played(
         while True:
             reply = expert(rng)
             action, legal = reply["action"], info.get("actions")
+            if legal is None and (config.noise or config.stray):
+                raise ConfigError(
+                    f"{config.id} lists no info['actions'], of which noise and stray choose; give both 0"
+                )
             if rng.random() < config.noise and legal:
                 reply = {**reply, "action": str(rng.choice(legal))}
             yield observation, reply, info
@@ -275,7 +303,8 @@ def train(config: SFTConfig, report: Report) -> Path:
         policy = Policy(model, temperature=1.0, seed=config.seed)
     data = Demonstrations()
     for i, demonstrations in enumerate(config.demonstrations):
-        data.collect(policy, demonstrations, seed=config.seed * 1000 + i)
+        seed, labelled = config.seed * 1000 + i, config.vision_steps > 0
+        data.collect(policy, demonstrations, seed, labelled=labelled)
     report({"turns": len(data.replies), "seconds": time.monotonic() - began})
     out.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known before
     if config.vision_steps:

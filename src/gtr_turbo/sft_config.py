@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gtr_turbo.checks import ConfigError, check_seed, fraction, not_negative, positive
+from gtr_turbo.checks import (
+    ConfigError,
+    check_options,
+    check_seed,
+    fraction,
+    not_negative,
+    positive,
+)
 from gtr_turbo.config import ModelConfig
 
 
@@ -29,6 +36,7 @@ class DemonstrationConfig:
 
     def __post_init__(self) -> None:
         positive(self, "turns")
+        check_options("demonstrations.options", self.options)
         fraction(self, "noise", "stray")
 
 

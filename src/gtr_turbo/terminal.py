@@ -191,7 +191,7 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     table.add_column("student after", justify="right")
     table.add_column("merge after", justify="right")
     evaluations = summary["evaluations"]
-    splits = dict.fromkeys(key.split("/")[1] for key in evaluations)
+    splits = dict.fromkeys(key.partition("/")[2].rpartition("/")[0] for key in evaluations)
     for split in splits:
         cells = [evaluations.get(f"{key}", {}) for key in (
             f"before/{split}/student", f"after/{split}/student", f"after/{split}/teacher"

@@ -26,7 +26,9 @@ class JsonlWriter:
     def __init__(self, path: Path, keep_until: int) -> None:
         """Append to `path` after dropping rows of updates beyond `keep_until` (those are made again)."""
         if path.exists():
-            rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            rows = [
+                line for line in path.read_text("utf-8", "replace").splitlines() if line.strip()
+            ]
             kept = [line for line in rows if _update_of(line) <= keep_until]
             write_atomically(path, "".join(f"{line}\n" for line in kept))
         self._path = path
@@ -111,7 +113,7 @@ def _mean(values: Sequence[float]) -> float:
 def peak_rss_mb() -> float:
     """The largest resident set of this process so far, in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6  # macOS counts bytes, Linux KiB
 
 
 class Spent:

@@ -215,6 +215,13 @@ def made(tmp_path):
     return out
 
 
+def test_threads_are_those_that_the_process_may_use(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)), raising=False)
+    command = ["compare", "ezpoints", *VARY, "--jobs", "2", "--out", str(tmp_path), "--dry-run"]
+    assert main(command) == 0
+    assert "2 at once on 3 threads each" in " ".join(capsys.readouterr().out.split())
+
+
 def summarise(out, *more, code=0):
     arguments = ["compare", "ezpoints", *VARY, "--seeds", "4", "--out", str(out), "--episodes", "0"]
     assert main([*arguments, "--only-summary", *more]) == code
@@ -356,6 +363,30 @@ def test_a_run_that_lost_rows_changes_no_curve_of_the_others(capsys, made):
         assert pairs == 2
 
 
+def test_a_curve_that_few_log_together_says_over_which_steps_its_mean_is(capsys, made):
+    summarise(made)
+    assert "only over environment steps" not in capsys.readouterr().out
+    path = made / "guidance=kl" / "seed1" / "metrics.jsonl"
+    rows = lines(path)
+    for row in rows[2:6]:
+        del row["rollout/success"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (note,) = summarise(made)["notes"]
+    assert note.startswith(
+        "success while training, mean over the run: only over environment steps 256 to 512, which all runs that "
+        "log it have, of 256 to 1,536"
+    )
+    assert "environment steps 256 to 512" in " ".join(capsys.readouterr().out.split())
+    for row in rows[:2]:
+        row["rollout/success"] = row["env_steps"] = 0
+    del rows[0]["rollout/success"], rows[1]["rollout/success"]
+    rows[9]["rollout/success"] = 0.5
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = summarise(made)
+    assert "there is none, as no environment steps are common" in found["notes"][0]
+    assert not any("area/rollout/success" in run["values"] for run in found["runs"])
+
+
 def test_the_table_says_on_how_many_pairs_a_difference_rests(capsys, made):
     for name in ("summary.json", "config.yaml", "metrics.jsonl"):
         (made / "guidance=none" / "seed2" / name).unlink()
@@ -422,6 +453,14 @@ def test_damaged_files_cost_neither_the_table_nor_the_terminal(capsys, made):
     assert [variant["finished"] for variant in found["variants"]] == [3, 2]
     text = capsys.readouterr().out
     assert "title" in text
+    evaluations = json.loads(path.read_text())
+    for evaluation in evaluations["evaluations"].values():
+        evaluation["facts"] = {"in[/b]": 0.5, "a/b": 0.5, "\x1b[31mred\u202e": 0.5}
+    path.write_text(json.dumps(evaluations))
+    summarise(made)
+    text += capsys.readouterr().out
+    assert "in[/b]" in text
+    assert "a/b" in text
     assert not {"\x1b", "\x07", "\u202e"} & set(text)
 
 

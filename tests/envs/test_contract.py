@@ -193,7 +193,7 @@ BROKEN = {
     "no success": ({"step": changed_step(4, {})}, "must hold success=True or False, got None"),
     "success is 1": ({"step": changed_step(4, {"success": 1})}, "success=True or False, got 1"),
     "unseeded": ({"reset": unseeded}, r"does not call super\(\).reset\(seed=seed\)"),
-    "raises": ({"step": raises_on_unknown}, "raised ValueError.*answer an unknown action"),
+    "raises": ({"step": raises_on_unknown}, "raised ValueError.*answer every action"),
     "float image": (observing(image=np.zeros((16, 16, 3))), "must be a uint8 array, got float64"),
     "bytes": ({"reset": own_generator}, "must be a uint8 array, got bytes"),
     "grey image": (observing(image=np.zeros((16, 16), np.uint8)), r"got shape \(16, 16\)"),
@@ -230,7 +230,19 @@ BROKEN = {
     ),
     "half a demonstration": (
         {"demonstrate": lambda self, rng: {"action": "a"}},
-        r"must give \['thoughts', 'action'\], got",
+        r"must give \['thoughts', 'action'\], the action last.*got \{'action': 'a'\}",
+    ),
+    "a demonstration whose action comes first": (
+        {"demonstrate": lambda self, rng: {"action": "a", "thoughts": ""}},
+        "the action last and as text",
+    ),
+    "a demonstrated list": (
+        {"demonstrate": lambda self, rng: {"thoughts": "", "action": ["a"]}},
+        "the action last and as text",
+    ),
+    "an action that no reply can give": (
+        {"reset": lambda self, **_: (Sound.reset(self, seed=1)[0], {"actions": ["a", "b "]})},
+        "lists 'b ': replies are read without outer blanks",
     ),
     "actions are numbers": (
         {"reset": lambda self, **_: (Sound.reset(self, seed=1)[0], {"actions": [0, 1]})},
@@ -289,6 +301,12 @@ def lake(actions=NAMES, render_mode="rgb_array", **options):
 
 def test_a_wrapped_frozen_lake_keeps_the_contract():
     check_env(lake())
+
+
+@pytest.mark.parametrize("other", ["left", "", "up "])
+def test_names_that_no_reply_can_tell_are_refused(other):
+    with pytest.raises(ContractError, match="must differ and be neither empty nor begin or end"):
+        lake(("left", "down", "right", other))
 
 
 def test_a_wrapped_environment_keeps_the_contract_when_made_by_its_registered_name():

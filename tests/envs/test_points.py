@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from gtr_turbo.envs import ContractError, make_env
 from gtr_turbo.envs.cards import deals, formula
 from gtr_turbo.envs.cards.drawing import RANKS, Card
-from gtr_turbo.envs.cards.plans import holds, make_steps, plans, read_claims, trace
+from gtr_turbo.envs.cards.plans import (
+    holds,
+    leads_to,
+    make_steps,
+    planned_formula,
+    plans,
+    read_claims,
+    trace,
+)
 
 
 def dealt(ranks, name="Points24", **options):
@@ -75,7 +83,7 @@ def test_a_number_beyond_its_multiplicity_pays_minus_one_leaves_a_blank_and_goes
     steps, info = play(dealt("8 8 3 A"), [*"8*8*8"])
     assert steps == [ON] * 4 + [PAID]
     assert info["formula"] == ["8", "*", "8", "*", ""]
-    assert "success" not in info
+    assert info["success"] is False
 
 
 def test_a_blank_does_not_spoil_a_formula_that_is_right_without_it():
@@ -404,6 +412,69 @@ def test_with_tokens_the_plan_is_the_last_formula_of_the_thought_and_starts_with
     assert judged("no formula", "token") == {"perception": True}
 
 
+def test_blanks_of_illegal_tokens_are_no_part_of_the_formula():
+    env = dealt("7 5 9 8")
+    for action in ("(", "?"):
+        env.step(action)
+    assert env.unwrapped.tokens == ["(", ""]
+    reply = {"thoughts": "(7+5-9)*8=24", "action": "7"}
+    assert env.unwrapped.judge(reply) == {"perception": False, "plan": True, "agreement": True}
+    assert env.unwrapped.judge(reply | {"action": "+"})["agreement"] is False
+    assert goes_on(env) == 10
+
+
+def goes_on(env):
+    """The last reward of the expert, from here on."""
+    rng, ended = np.random.default_rng(0), False
+    while not ended:
+        _, reward, terminated, truncated, _ = env.step(env.unwrapped.demonstrate(rng)["action"])
+        ended = terminated or truncated
+    return reward
+
+
+def test_an_expert_gives_up_where_blanks_leave_no_room():
+    """A formula is at most 20 tokens long, and blanks count; the shortest, 8*5-9-7, has 7."""
+    for blanks, reward in ((13, 10), (14, -1)):
+        env = dealt("7 5 9 8")
+        for _ in range(blanks):
+            env.step("?")
+        assert goes_on(env) == reward
+
+
+@pytest.mark.parametrize("plan", ["3 × 8 = 24, 24 × 1 = 24", "3·8=24, 24÷1=24", "27−3=24, 4/2=2"])
+def test_signs_that_people_write_are_read(plan):
+    assert all(map(holds, read_claims(plan)))
+    assert len(read_claims(plan)) == 2
+
+
+def test_decimals_are_read_whole():
+    assert read_claims("10/4=2.5 and 2.5*4=10.") == [
+        (10, "/", 4, Fraction(5, 2)), (Fraction(5, 2), "*", 4, 10),
+    ]  # fmt: skip
+    assert [holds(claim) for claim in read_claims("1/5=0.2, 5-0.2=4.8, 4.8*5=24.5")] == [
+        True, True, False,
+    ]  # fmt: skip
+    assert leads_to([1, 5, 5, 5], read_claims("1/5=0.2, 5-0.2=4.8, 4.8*5=24"), 24)
+
+
+def test_numbers_without_an_operator_are_no_plan():
+    assert planned_formula("We have 7 5 9 8") is None
+    assert "".join(planned_formula("(7 + 5 − 9) × 8 = 24")) == "(7+5-9)*8"
+
+
+def test_no_cards_are_refused_and_not_dealt_at_random():
+    with pytest.raises(ContractError, match="cards"):
+        make_env("Points24").reset(options={"cards": []})
+
+
+def test_a_limit_of_gymnasium_may_end_an_episode():
+    env = make_env("Points24", max_episode_steps=3)
+    env.reset(seed=0)
+    ends = [env.step("(") for _ in range(3)]
+    assert [end[3] for end in ends] == [False, False, True]
+    assert ends[-1][4]["success"] is False
+
+
 def test_a_step_with_a_fraction_below_the_line_is_read_as_it_is_written():
     eight_by_a_third = (8, "/", Fraction(1, 3), 24)
     assert read_claims("8/1/3=24") == [eight_by_a_third]
@@ -425,7 +496,7 @@ def test_a_number_over_zero_is_wrong_and_no_error(text):
 
 
 def test_a_thought_of_brackets_is_no_formula_and_no_stack_overflow():
-    assert judged("(" * 900 + "8 3 2 1", "token")["plan"] is False
+    assert judged("(" * 900 + "8+3 2 1", "token")["plan"] is False
 
 
 @pytest.mark.parametrize("granularity", ["token", "reduction", "formula"])

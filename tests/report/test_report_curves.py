@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from pages import until, words
 from stored_runs import make_run, write_lines
 
@@ -94,6 +95,23 @@ def test_a_metric_that_is_constant_but_for_rounding_is_drawn(opened, tmp_path):
     assert reading(page, "rollout/return") == "last: 0.1"
     heights = page.locator('figure[data-metric="rollout/return"] text.tick.end')
     assert heights.all_text_contents()[:5] == ["0.09", "0.095", "0.1", "0.105", "0.11"]
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([79_010, 79_060], ["79.02k", "79.04k", "79.06k"]),
+        ([1_000_000, 1_004_000], ["1M", "1.002M", "1.004M"]),
+        ([20_000, 40_000], ["0", "20k", "40k"]),
+    ],
+)
+def test_ticks_of_a_narrow_range_of_large_numbers_differ(opened, tmp_path, values, labels):
+    run = make_run(tmp_path / "run", updates=2, trajectories=False)
+    with_rows(run, rollout__return=values)
+    write_report([run], tmp_path / "r.html")
+    page = opened(tmp_path / "r.html").go()
+    heights = page.locator('figure[data-metric="rollout/return"] text.tick.end')
+    assert heights.all_text_contents()[: len(labels)] == labels
 
 
 def test_many_recipes_are_told_by_their_means_and_named_once(opened, tmp_path):

@@ -243,6 +243,14 @@ def test_runs_are_grouped_by_all_settings_but_seed_and_folder(tmp_path):
     assert "teacher.density" not in differing
 
 
+def test_a_run_of_a_seed_that_is_there_already_is_no_further_sample(tmp_path):
+    folders = [make_run(tmp_path / f"a{n}", seed=seed) for n, seed in enumerate((0, 0, 1, 0))]
+    runs = read_runs(folders)
+    groups = group_runs(runs)
+    assert groups == [[0, 2], [1], [3]]
+    assert group_labels(runs, groups) == ["toy", "a1", "a3"]
+
+
 def test_labels_name_as_many_settings_as_tell_groups_apart(tmp_path):
     grid = list(itertools.product((0, 1), repeat=4))
     runs = read_runs(
@@ -362,11 +370,14 @@ def test_what_is_no_run_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.yaml").write_text("seed: 0\n")
+    (tmp_path / "ended").mkdir()
+    (tmp_path / "ended" / "summary.json").write_text("{}")
     cases = [
         ([tmp_path / "nowhere"], "nowhere does not exist; give the folder"),
         ([tmp_path / "file"], "file is a file; give the folder"),
         ([tmp_path / "empty"], "empty is no run folder: it holds no metrics.jsonl"),
         ([tmp_path / "new"], "has not finished its first update"),
+        ([tmp_path / "ended"], "though the run has ended (there is a summary.json): put the file"),
         ([run, tmp_path / "run" / ".." / "run"], "given twice"),
         ([], "at least one run"),
     ]

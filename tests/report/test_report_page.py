@@ -17,6 +17,8 @@ def test_it_opens_and_shows_everything(opened, report):
     assert "60.0 %" in table
     assert "50.0 – 70.0" in table
     assert "toy, mean of 2 seeds" in table
+    note = page.inner_text("#results-table p.muted >> nth=0")
+    assert note.startswith("Success in the runs' evaluations, 50 episodes each, with its 95 %")
     assert count(page) == "36 episodes"
     assert page.locator("#turn img").count() == 1  # only the open turn is rendered
     assert page.evaluate("document.querySelector('#turn img').naturalWidth") == 24
@@ -28,6 +30,21 @@ def test_it_opens_and_shows_everything(opened, report):
     chips = page.locator("#turn .chip").all_inner_texts()
     assert chips == ["✓ valid", "✓ legal", "✓ plan: right"]
     assert page.locator("#replay .row").count() < 36  # the list holds only rows in view
+
+
+def test_an_evaluation_on_other_episodes_than_the_rest_says_so(opened, tmp_path):
+    run = make_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["evaluations"]["after/held-out/student"]["episodes"] = 1500
+    (run / "summary.json").write_text(json.dumps(summary))
+    write_report([run], tmp_path / "r.html")
+    page = opened(tmp_path / "r.html").go()
+    cells = page.locator(".results tbody td.number").all_inner_texts()[:3]
+    assert [cell.split("\n")[-1] for cell in cells] == [
+        "50 episodes",
+        "1,500 episodes",
+        "50 episodes",
+    ]
 
 
 def test_every_turn_has_its_own_frame(opened, report):

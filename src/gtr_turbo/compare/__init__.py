@@ -83,7 +83,7 @@ def make_plan(
         vary: `KEY=V1,V2,...`, each.
         seeds: how many, or which.
         jobs: runs at once.
-        threads: of each run; by default the CPUs divided by `jobs`.
+        threads: of each run; by default the CPUs that this process may use, divided by `jobs`.
         out: folder of the comparison; by default `runs/compare-NAME`.
 
     Raises:
@@ -93,7 +93,10 @@ def make_plan(
         if number is not None and number < 1:
             raise ConfigError(f"{name} {number} must be at least 1")
     factors = read_factors(vary)
-    threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+    if threads is None:
+        can_ask = hasattr(os, "sched_getaffinity")  # not on macOS
+        cpus = len(os.sched_getaffinity(0)) if can_ask else os.cpu_count() or 1
+        threads = max(1, cpus // jobs)
     variants = make_variants(source, over, factors, threads)
     name = variants[0].config.name
     return Plan(

@@ -29,6 +29,9 @@ CURVES = {
 OVER_RUN = ", mean over the run"
 """Ends the titles of areas."""
 
+WIDE = 0.9
+"""Part of the range of all curves that the common one covers at least, or a note says so."""
+
 WINDOW = 3
 """Values of a curve that are averaged before they count as having reached the target."""
 
@@ -69,12 +72,19 @@ def known_measures(splits: Sequence[str], replies: Iterable[str] = ()) -> dict[s
             f"{title}{OVER_RUN}", "fraction", None if gap else "higher", signed=gap
         )
     for name in replies:
-        *_, which, fact = name.split("/")
-        who = "merge" if which == "teacher" else which
+        who, fact = _player_and_fact(name)
         found[name] = Measure(f"{who}, {'valid replies' if fact == 'valid' else fact}", "fraction")
     found["target/steps"] = Measure("steps to the target", "steps", "lower")
     found["target/seconds"] = Measure("time to the target", "seconds", "lower")
     return found | COSTS
+
+
+def _player_and_fact(name: str) -> tuple[str, str]:
+    """Of `judge/after/SPLIT/student/FACT` (`teacher`: the merge); split and fact may hold slashes."""
+    ends = {which: name.rfind(f"/{which}/") for which in ("student", "teacher")}
+    which = max(ends, key=lambda one: ends[one])
+    fact = name[ends[which] + len(which) + 2 :]
+    return ("merge" if which == "teacher" else which), fact
 
 
 def evaluations(run: Run) -> dict[str, float]:
@@ -134,8 +144,31 @@ def areas(curves: Sequence[Curve]) -> list[float | None]:
     logged = [steps for steps, _ in curves if steps]
     if not logged:
         return [None] * len(curves)
-    low, high = max(steps[0] for steps in logged), min(steps[-1] for steps in logged)
+    low, high = _common(logged)
     return [area(steps, values, low, high) for steps, values in curves]
+
+
+def narrowed(name: str, curves: Sequence[Curve]) -> str | None:
+    """A note, if the range of steps that all curves of a metric have is less than 90 % of what they span."""
+    logged = [steps for steps, _ in curves if steps]
+    if not logged:
+        return None
+    (low, high), first = _common(logged), min(steps[0] for steps in logged)
+    last = max(steps[-1] for steps in logged)
+    if high - low >= WIDE * (last - first):
+        return None
+    mean = f"{CURVES[name]}{OVER_RUN}"
+    if high < low:
+        return f"{mean}: there is none, as no environment steps are common to all runs that log it"
+    return (
+        f"{mean}: only over environment steps {low:,.0f} to {high:,.0f}, which all runs that log it have, "
+        f"of {first:,.0f} to {last:,.0f}"
+    )
+
+
+def _common(logged: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The first and the last step that all curves have."""
+    return max(steps[0] for steps in logged), min(steps[-1] for steps in logged)
 
 
 def target_curve(runs: Sequence[Run]) -> str:

@@ -115,7 +115,9 @@ def collect(
             "whether these reach the target is not said"
         )
     for name in measures.CURVES:
-        heights = measures.areas([measures.curve(run, name) for _, run in read])
+        curves = [measures.curve(run, name) for _, run in read]
+        notes.extend(filter(None, [measures.narrowed(name, curves)]))
+        heights = measures.areas(curves)
         for (result, _), height in zip(read, heights, strict=True):
             if height is not None:
                 result.values[f"area/{name}"] = height

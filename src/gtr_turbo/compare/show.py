@@ -95,7 +95,7 @@ def _table(
         measure = comparison.measures[name]
         best = name_of_best(results, name, measure)
         cells = [_cell(result, name, measure, best) for result in results]
-        head = measure.title.removesuffix(OVER_RUN).removeprefix("student, ")
+        head = printable(measure.title).removesuffix(OVER_RUN).removeprefix("student, ")
         lines = [*head.split(), *(line for cell in cells for line in cell.plain.split("\n"))]
         width = max(map(len, lines))
         columns.append(("\n".join(textwrap.wrap(head, width)), width, cells))
@@ -107,7 +107,7 @@ def _table(
             head, width, cells = columns.pop(0)
             left -= width + 3  # a space at each side, and one between
             shown.append(cells)
-            table.add_column(head, justify="right", no_wrap=True)
+            table.add_column(Text(head), justify="right", no_wrap=True)
         for i, label in enumerate(labels):
             table.add_row(Text(label), *(cells[i] for cells in shown))
         console.print(table)

@@ -41,6 +41,7 @@ import numpy as np
 from gymnasium import spaces
 
 from gtr_turbo.checks import suggest
+from gtr_turbo.parsing import parse
 
 Env = gymnasium.Env[dict[str, Any], str]
 
@@ -225,7 +226,7 @@ def _check_step(name: str, env: Env, action: str) -> tuple[Any, float, bool, dic
     except Exception as error:
         raise ContractError(
             f"{name}: step({action!r}) raised {type(error).__name__}: {error}. What the model says "
-            "is data: answer an unknown action with a reward, do not raise."
+            "is data: answer every action with a reward, an unknown one too; do not raise."
         ) from error
     check_observation(name, observation)
     _check_info(name, info)
@@ -250,6 +251,10 @@ def _action(name: str, info: Mapping[str, Any], rng: np.random.Generator) -> str
         not isinstance(actions, Sequence) or not all(isinstance(a, str) for a in actions)
     ):
         raise ContractError(f"{name}: info['actions'] must list strings, got {actions!r}")
+    if odd := [action for action in actions or () if not action or action != action.strip()]:
+        raise ContractError(
+            f"{name}: info['actions'] lists {odd[0]!r}, which no reply can give: they are read without outer blanks"
+        )
     return str(rng.choice(list(actions))) if actions else "?"
 
 
@@ -277,8 +282,11 @@ def _check_expert(name: str, env: Env, fields: Sequence[str]) -> None:
                 f"{name}: demonstrate must give what JSON can hold, got {said!r:.200} ({error}); "
                 "int() and str() make plain values of NumPy's"
             ) from error
-        if not isinstance(said, Mapping) or not set(fields) <= set(said):
-            raise ContractError(f"{name}: demonstrate must give {list(fields)}, got {said!r:.200}")
+        if not parse(json.dumps(said), fields).valid:
+            raise ContractError(
+                f"{name}: demonstrate must give {list(fields)}, the action last and as text or a whole number, "
+                f"or no such reply could be read, got {said!r:.200}"
+            )
     for reply in (said, dict.fromkeys(fields, ""), {field: ["?"] for field in fields}):
         if judge is None or reply is None:
             continue

@@ -50,6 +50,11 @@ class DiscreteText(gymnasium.Env[dict[str, Any], str]):
                 f"{env}: {len(actions)} action names were given for {env.action_space}; "
                 "wrap_discrete needs a Discrete space and one name per action, in order"
             )
+        if len(set(actions)) < len(actions) or any(not a or a != a.strip() for a in actions):
+            raise ContractError(
+                f"{env}: the action names {list(actions)} must differ and be neither empty nor begin or end with "
+                "blanks, which replies are read without"
+            )
         self.env = env
         self._index = {name: i + int(env.action_space.start) for i, name in enumerate(actions)}
         self._actions = list(actions)

@@ -25,11 +25,16 @@ def named_groups(runs: Sequence[Run]) -> Groups:
 
 
 def group_runs(runs: Sequence[Run]) -> list[list[int]]:
-    """Runs that differ in nothing but their seed (and folder), as lists of their numbers."""
+    """Runs that differ in nothing but their seed (and folder), as lists of their numbers.
+
+    A run of a seed that its group has already is a group of its own: it is no further sample for an interval.
+    """
     groups: dict[str, list[int]] = {}
     for number, run in enumerate(runs):
         settings = {k: v for k, v in run.config.items() if k not in OF_A_RUN}
         key = str(sorted(flatten(settings).items())) if settings else f"only {number}"
+        if any(runs[other].seed == run.seed for other in groups.get(key, ())):
+            key = f"again {number}"
         groups.setdefault(key, []).append(number)
     return list(groups.values())
 

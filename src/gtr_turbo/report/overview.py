@@ -1,4 +1,4 @@
-"""What the top of the page says: facts of the runs, held-out success with its intervals, settings side by side."""
+"""The top of the page: facts of the runs, success in their evaluations with intervals, settings side by side."""
 
 from __future__ import annotations
 
@@ -164,7 +164,13 @@ def _over_seeds(stages: Sequence[dict[str, Any] | None]) -> dict[str, Any] | Non
     known = [stage["success"] for stage in stages if stage]
     if not known or len(known) < len(stages):
         return None
-    return {"success": sum(known) / len(known), "low": min(known), "high": max(known)}
+    same = {stage["episodes"] for stage in stages if stage}
+    return {
+        "success": sum(known) / len(known),
+        "low": min(known),
+        "high": max(known),
+        "episodes": same.pop() if len(same) == 1 else None,
+    }
 
 
 def settings(runs: Sequence[Run], without: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -137,6 +137,11 @@ def read_run(folder: Path, label: str | None = None, *, turns: bool = True) -> R
         )
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
+        if (folder / "summary.json").exists():
+            raise ReportError(
+                f"{metrics} does not exist, though the run has ended (there is a summary.json): put the file back, "
+                "or remove the folder and train again"
+            )
         if (folder / "config.yaml").exists():
             raise ReportError(
                 f"{metrics} does not exist: the run has not finished its first update; wait for it"

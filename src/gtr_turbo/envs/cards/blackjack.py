@@ -96,9 +96,7 @@ class BlackjackEnv(gymnasium.Env[dict[str, Any], str]):
             reward, self._over = -1.0, self._early_truncation
         terminated = self._over
         truncated = not terminated and self._turns >= self.max_turns
-        info = self._info()
-        if terminated or truncated:
-            info["success"] = success
+        info = {**self._info(), "success": success}  # every turn: a limit of Gymnasium's may end it
         return self._observation(), reward, terminated, truncated, info
 
     def render(self) -> np.ndarray:

@@ -82,14 +82,12 @@ class NumberLineEnv(gymnasium.Env[dict[str, Any], str]):
         reward = 1.0 if success else (-1.0 if abs(self.target - self.current) >= before else 0.0)
         terminated = success or (self._early_truncation and reward < 0)
         truncated = not terminated and self._steps >= self.max_steps
-        info = self._info()
-        if terminated or truncated:
-            info["success"] = success
+        info = {**self._info(), "success": success}  # every turn: a limit of Gymnasium's may end it
         return self._observation(), reward, terminated, truncated, info
 
     def render(self) -> np.ndarray:
         """The frame, uint8 (300, 300, 3)."""
-        return drawing.number_line(self.target, self.current)
+        return drawing.number_line(self.target, self.current).copy()
 
     def _observation(self) -> dict[str, Any]:
         text = "numberline" if self._compact else prompts.number_line()

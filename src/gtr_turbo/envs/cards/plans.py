@@ -10,8 +10,9 @@ from functools import cache
 from gtr_turbo.envs.cards import formula
 from gtr_turbo.envs.cards.formula import Step
 
+_SIGNS = str.maketrans("×·÷−", "**/-")
 _FORMULA = re.compile(r"[\d+\-*/() ]+", re.ASCII)
-_NUMBER = r"(-?\d+(?:/\d+)?)"
+_NUMBER = r"(-?\d+(?:/\d+|\.\d+)?)"
 _STEP = re.compile(rf"{_NUMBER}\s*([-+*/])\s*{_NUMBER}\s*=\s*{_NUMBER}", re.ASCII)
 
 
@@ -86,13 +87,13 @@ def holds(claim: Claim) -> bool:
 
 
 def read_claims(text: str) -> list[Claim]:
-    """Every `a operator b = c` in a text.
+    """Every `a operator b = c` in a text, its numbers whole, decimal or fractions, its signs also × · ÷ −.
 
     `show_step` writes 8 / (1/3) as `8/1/3=24`; of the two readings the right one is taken. A number over
     zero makes the claim 0/0=0, which is wrong everywhere.
     """
     claims = []
-    for a, operator, b, result in _STEP.findall(text):
+    for a, operator, b, result in _STEP.findall(text.translate(_SIGNS)):
         readings: list[Claim] = []
         try:
             readings.append((Fraction(a), operator, Fraction(b), Fraction(result)))
@@ -122,10 +123,10 @@ def leads_to(numbers: Sequence[Fraction], claims: Sequence[Claim], goal: int) ->
 
 
 def planned_formula(text: str) -> list[str] | None:
-    """The last formula in a text that names at least two numbers, as tokens; None if there is none."""
-    for found in reversed(_FORMULA.findall(text)):
+    """The last formula in a text with at least two numbers and an operator, as tokens; None if there is none."""
+    for found in reversed(_FORMULA.findall(text.translate(_SIGNS))):
         tokens = formula.tokenize(found)
-        if sum(token.isdigit() for token in tokens) >= 2:
+        if sum(map(str.isdigit, tokens)) >= 2 and not set("+-*/").isdisjoint(tokens):
             return tokens
     return None
 

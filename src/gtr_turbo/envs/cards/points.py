@@ -97,8 +97,8 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
         """Deal the cards. `options={"cards": [Card, ...]}` sets them; a `ContractError` if they cannot be."""
         super().reset(seed=seed)
         given = (options or {}).get("cards")
-        cards = deals.check_cards(self.name, given, self.count) if given else self._deal()
-        while not given and not self._accepts(cards):
+        cards = self._deal() if given is None else deals.check_cards(self.name, given, self.count)
+        while given is None and not self._accepts(cards):
             cards = self._deal()
         self.cards: list[Card] = cards
         self.tokens: list[str] = []
@@ -133,9 +133,7 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
         reward = 10.0 if success else (-1.0 if closed or not legal or too_long else 0.0)
         terminated = closed or (self._early_truncation and reward < 0)
         truncated = too_long and not terminated
-        info = self._info()
-        if terminated or truncated:
-            info["success"] = success
+        info = {**self._info(), "success": success}  # every turn: a limit of Gymnasium's may end it
         return self._observation(), reward, terminated, truncated, info
 
     def _append(self, token: str) -> bool:
@@ -238,11 +236,11 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
         facts = {"perception": self._perceives(reply)}
         if self.granularity == "token":
             planned = planned_formula(thoughts[:1000])
+            there = list(filter(None, self.tokens))  # no blanks of illegal ones
             if planned is not None:
-                facts["plan"] = formula.solves(planned, self.numbers, self.goal) and (
-                    planned[: len(self.tokens)] == self.tokens
-                )
-                rest = [*planned, "="][len(self.tokens) :]
+                solves = formula.solves(planned, self.numbers, self.goal)
+                facts["plan"] = solves and planned[: len(there)] == there
+                rest = [*planned, "="][len(there) :]
                 facts["agreement"] = bool(rest) and action == rest[0]
             return facts
         steps = read_claims(thoughts[:1000])
@@ -302,11 +300,13 @@ class PointsEnv(gymnasium.Env[dict[str, Any], str]):
         return tuple(steps)
 
     def _demonstrate_token(self, rng: np.random.Generator) -> tuple[str, str]:
-        ways = fitting(self.tokens, self.numbers, self.goal, self.operators)[:4]
+        there, room = list(filter(None, self.tokens)), self.max_length - self.tokens.count("")
+        found = fitting(there, self.numbers, self.goal, self.operators)
+        ways = [way for way in found if len(way.tokens) <= room][:4]
         if not ways:
             return "no way", "="
         plan = ways[rng.integers(len(ways))]
-        action = [*plan.tokens, "="][len(self.tokens)]
+        action = [*plan.tokens, "="][len(there)]
         thoughts = f"{plan.formula}={self.goal}"
         if not self._compact:
             done = "is complete" if action == "=" else "is not complete"

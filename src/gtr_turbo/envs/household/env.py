@@ -228,9 +228,7 @@ class HouseholdEnv(gymnasium.Env[dict[str, Any], str]):
             terminated = len(last) == MAX_EQUAL and len(set(last)) == 1
             truncated = not terminated and len(self._past) > MAX_ACTIONS
             reward = CUT_SHORT if terminated or truncated else reward
-        info = self._info()
-        if terminated or truncated:
-            info["success"] = success
+        info = {**self._info(), "success": success}  # every turn: a limit of Gymnasium's may end it
         return self._observation(), reward, terminated, truncated, info
 
     def _give_up(

@@ -34,6 +34,7 @@ function resultsTable() {
   const rows = data.results;
   const splits = rows.some((row) => row.split);
   const measured = rows.some((row) => row.stages.some(Boolean));
+  const counts = new Set(rows.flatMap((row) => row.stages).filter(Boolean).map((stage) => stage.episodes));
   const numeric = (text) => el("th", { scope: "col", class: "number" }, text);
   const plainHead = (text) => el("th", { scope: "col" }, text);
   const table = el("table", { class: "results" }, el("thead", {}, el("tr", {},
@@ -54,7 +55,7 @@ function resultsTable() {
     body.append(el("tr", {},
       first ? el("th", { scope: "rowgroup", rowspan: span }, nameOf(row)) : null,
       splits ? el("td", {}, visible(row.split)) : null,
-      ...row.stages.map((stage) => el("td", { class: "number" }, stageText(stage))),
+      ...row.stages.map((stage) => el("td", { class: "number" }, stageText(stage, counts.size > 1))),
       measured ? el("td", { class: "plot" }, row.stages.some(Boolean) ? intervals(row) : null) : null,
       once(fmt(row.steps)), once(duration(row.seconds)), once(row.memory ? `${fmt(row.memory)} MB` : "–")));
   });
@@ -62,7 +63,7 @@ function resultsTable() {
   if (!measured) return el("div", {}, el("p", { class: "muted" }, "No evaluations are stored for these runs."), scroll);
   const means = rows.some((row) => row.run === null);
   return el("div", {},
-    el("p", { class: "muted" }, "Success on held-out episodes, with its 95 % interval (Wilson).",
+    el("p", { class: "muted" }, `Success in the runs' evaluations${counts.size === 1 && !counts.has(null) ? `, ${fmt([...counts][0])} episodes each` : ""}, with its 95 % interval (Wilson).`,
       means ? " Over several seeds: the mean, and the range from the worst to the best seed." : ""),
     scroll,
     el("p", { class: "key muted" }, ...["agent before training", "agent after", "merge after"].flatMap((name, i) => [mark(i), el("span", {}, name)])));
@@ -74,10 +75,11 @@ function nameOf(row) {
   return name;
 }
 
-function stageText(stage) {
+function stageText(stage, counted) {
   if (!stage) return "–";
   const text = el("span", {}, el("strong", {}, percent(stage.success)));
   if (stage.low !== null) text.append(el("br"), el("small", { class: "muted" }, `${(100 * stage.low).toFixed(1)} – ${(100 * stage.high).toFixed(1)}`));
+  if (counted && stage.episodes !== null) text.append(el("br"), el("small", { class: "muted" }, `${fmt(stage.episodes)} episodes`));
   return text;
 }
 

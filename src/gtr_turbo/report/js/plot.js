@@ -111,8 +111,8 @@ function extent(lines) {
 /** A tick's label, in the unit that suits the largest of its axis. */
 function short(value, most) {
   if (value === 0) return "0";
-  if (most >= 1e6) return `${+(value / 1e6).toPrecision(3)}M`;
-  if (most >= 1e4) return `${+(value / 1e3).toPrecision(3)}k`;
+  if (most >= 1e6) return `${+(value / 1e6).toPrecision(9)}M`;
+  if (most >= 1e4) return `${+(value / 1e3).toPrecision(9)}k`;
   return (most < 0.001 ? fmt(value) : String(value)).replace("-", "−");
 }
 
