@@ -6,6 +6,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
+from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import SamplingConfig
 from gtr_turbo.policy import model, scoring, starter
 from gtr_turbo.policy.generation import generate, warp
@@ -219,3 +220,11 @@ def test_a_row_leaves_a_cache_of_linear_attention_too(tiny25, monkeypatch):
     scored = score(policy, inputs_of(policy, observed, [r.response_ids for r in written])).logprobs
     for row, reply, length in zip(scored, written, lengths, strict=True):
         assert torch.allclose(row[:length], reply.logprobs, atol=1e-4)
+
+
+def test_rotary_positions_that_are_not_known_here_are_refused_and_not_left_out(tiny, monkeypatch):
+    monkeypatch.setattr(model, "QWEN", ("another",))
+    with pytest.raises(
+        ConfigError, match="qwen3_vl with multimodal rotary positions, which are made"
+    ):
+        make_policy(tiny)

@@ -14,7 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from gtr_turbo.config import SamplingConfig
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.generation import generate
-from gtr_turbo.policy.processing import Processor
+from gtr_turbo.policy.processing import CHAT_TEMPLATE, Processor
 from tiny import make_policy
 
 
@@ -75,6 +75,7 @@ def test_a_lone_surrogate_in_a_prompt_is_a_question_mark():
 def test_another_models_prompt_begins_once_as_its_own_processor_makes_it(tmp_path):
     words = starter.tokenizer()
     words.add_special_tokens({"bos_token": "<s>"})
+    words.pad_token = None  # as of many models
     first = [("<s>", words.bos_token_id)]
     words.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=first
@@ -91,9 +92,9 @@ def test_another_models_prompt_begins_once_as_its_own_processor_makes_it(tmp_pat
     ).save_pretrained(tmp_path)  # fmt: skip
     stock = AutoProcessor.from_pretrained(tmp_path)
     frame, texts = np.zeros((30, 30, 3), np.uint8), ["one", "one two three"]
-    for text, row in zip(
-        texts, Processor(tmp_path, "llava").encode([frame] * 2, texts), strict=True
-    ):
+    processor = Processor(tmp_path, "llava")
+    assert processor.pad_token_id == processor.end_token_id == words.eos_token_id
+    for text, row in zip(texts, processor.encode([frame] * 2, texts), strict=True):
         content = [
             {"type": "image", "image": Image.fromarray(frame)},
             {"type": "text", "text": text},
@@ -106,3 +107,12 @@ def test_another_models_prompt_begins_once_as_its_own_processor_makes_it(tmp_pat
         )
         assert row.tolist() == theirs["input_ids"][0].tolist()
         assert row.tolist().count(words.bos_token_id) == 1
+
+
+def test_a_template_that_can_open_a_thought_leaves_it_closed(tiny):
+    processor = Processor(tiny, "qwen3_vl")
+    processor.tokenizer.chat_template = CHAT_TEMPLATE + (
+        "<think>{% if enable_thinking is defined and enable_thinking is false %}</think>{% endif %}"
+    )
+    (ids,) = processor.encode([np.zeros((56, 56, 3), np.uint8)], ["one"])
+    assert processor.decode(ids).endswith("<think></think>")

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from gtr_turbo.checks import ConfigError
@@ -225,6 +226,47 @@ def test_an_adapter_that_is_more_than_b_times_a_is_refused(tiny, tmp_path, key, 
         ConfigError, match=rf"model\.adapter cannot be used: .* {key} = .*merge_and"
     ):
         make_policy(tiny, **LORA, adapter=str(tmp_path))
+
+
+def own_adapter(base, folder, targets):
+    """An adapter by PEFT alone, of numbers that are not 0."""
+    torch.manual_seed(0)
+    plain = AutoModelForImageTextToText.from_pretrained(base)
+    model = get_peft_model(plain, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_an_adapter_with_names_of_another_layout_is_refused_and_not_dropped(tiny, tmp_path):
+    folder = own_adapter(tiny, tmp_path / "own", ["q_proj", "v_proj"])
+    policy = make_policy(tiny, **LORA, adapter=str(folder))
+    assert all(layer.lora_B["default"].weight.any() for _, layer in policy._adapted())
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    older = {name.replace("language_model.", ""): tensors[name].clone() for name in tensors}
+    save_file(older, file)
+    told = r"does not fit .*: only the model has 'base_model.*language_model.*gtr-turbo export"
+    with pytest.raises(ConfigError, match=told):
+        make_policy(tiny, **LORA, adapter=str(folder))
+    save_file(tensors | older, file)
+    with pytest.raises(ConfigError, match="only it has 'base_model"):
+        make_policy(tiny, **LORA, adapter=str(folder))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_adapters_of_what_teachers_are_not_made_of_are_refused(tiny, tmp_path):
+    folder = own_adapter(tiny, tmp_path / "words", ["q_proj", "embed_tokens"])
+    with pytest.raises(ConfigError, match=r"lora_embedding_A.*is no factor of a linear layer"):
+        make_policy(tiny, **LORA, adapter=str(folder))
+    tied = AutoModelForImageTextToText.from_pretrained(tiny).config.tie_word_embeddings
+    folder = own_adapter(tiny, tmp_path / "head", ["q_proj", "lm_head"])
+    assert tied
+    with pytest.raises(ConfigError, match=r"adapts the head of .* those of the embeddings too"):
+        make_policy(tiny, **LORA, adapter=str(folder))
 
 
 @pytest.mark.parametrize(("made", "said"), [(0.5, 0.0), (0.0, 0.5)])

@@ -293,7 +293,11 @@ def _prepare(
     opened_base = None
     if base is not None:
         if lora.is_adapter(Path(base)):
-            raise MergeError(f"the base {base} is an adapter; give the full model it belongs to")
+            raise MergeError(
+                f"the base {base} is an adapter; give the full model it belongs to. If the checkpoints began at "
+                "it, the merge would then trim its change with theirs: `gtr-turbo export` it and each of them, and "
+                "merge these full weights"
+            )
         opened_base = stack.enter_context(Checkpoint.open(base))
     if kinds[0]:
         adapters = [stack.enter_context(lora.Adapter.open(path)) for path in paths]

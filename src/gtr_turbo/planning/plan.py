@@ -173,7 +173,9 @@ def _ids(words: Any, text: str) -> list[int]:
     """The prompt as the model sees it, with one placeholder for the image."""
     content = [{"type": "image"}, {"type": "text", "text": text}]
     messages = [{"role": "user", "content": content}]
-    chat = words.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    chat = words.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
+    )
     return list(words(chat, add_special_tokens=False)["input_ids"])
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import ModelConfig
-from gtr_turbo.merging.lora import check_kind
+from gtr_turbo.merging.lora import FACTOR, check_kind
 from gtr_turbo.merging.lora import is_vision as is_vision  # for others too
 from gtr_turbo.merging.shards import MergeError
 from gtr_turbo.policy import starter
@@ -63,6 +63,8 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
             names = list(file.keys())
         rank, alpha = about["r"], about["lora_alpha"]
         check_kind(folder, about)
+        if other := [name for name in names if FACTOR.match(name) is None]:
+            raise MergeError(f"{folder} holds {other[0]!r}, which is no factor of a linear layer")
     except MergeError as error:
         raise ConfigError(f"model.adapter cannot be used: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -183,10 +185,12 @@ def _with_adapters(base: Any, config: ModelConfig, *, planned: bool) -> Any:
             made = LoraConfig.from_pretrained(config.adapter)
             made.lora_dropout, made.inference_mode = config.lora_dropout, False
             try:
-                if planned:
-                    return get_peft_model(base, made)
-                return PeftModel.from_pretrained(
-                    base, config.adapter, is_trainable=True, config=made
+                model = (
+                    get_peft_model(base, made)
+                    if planned
+                    else PeftModel.from_pretrained(
+                        base, config.adapter, is_trainable=True, config=made
+                    )
                 )
             except (RuntimeError, ValueError) as error:
                 if not re.search("size mismatch|Target modules", str(error)):
@@ -195,6 +199,8 @@ def _with_adapters(base: Any, config: ModelConfig, *, planned: bool) -> Any:
                     f"model.adapter={config.adapter!r}, made on {made.base_model_name_or_path}, does not fit "
                     f"model.path={config.path!r}: {str(error).strip().splitlines()[-1].strip()}"
                 ) from error
+            _check_fits(model, config)
+            return model
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
@@ -202,3 +208,32 @@ def _with_adapters(base: Any, config: ModelConfig, *, planned: bool) -> Any:
             target_modules=linear_layers(base, vision=config.vision == "trained"),
         )
         return get_peft_model(base, lora)
+
+
+def _check_fits(model: Any, config: ModelConfig) -> None:
+    """Refuse an adapter that does not change the layers that it names; PEFT drops what it does not find.
+
+    Raises:
+        ConfigError: why, and what to do.
+    """
+    from peft import get_peft_model_state_dict
+
+    assert config.adapter is not None
+    with safe_open(Path(config.adapter) / "adapter_model.safetensors", "pt") as file:
+        stored = set(file.keys())
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    way = f"make full weights of both (`gtr-turbo export {config.adapter} --out DIR`), and give DIR as model.path"
+    if differing := sorted(stored ^ wanted):
+        whose = "it" if differing[0] in stored else "the model"
+        raise ConfigError(
+            f"model.adapter={config.adapter!r} does not fit model.path={config.path!r}: only {whose} has "
+            f"{differing[0]!r}. If it was made on this model by other software, {way}"
+        )
+    plain = model.get_base_model()
+    head = plain.get_output_embeddings()
+    shared = plain.get_input_embeddings().weight
+    if hasattr(head, "lora_A") and head.base_layer.weight is shared:
+        raise ConfigError(
+            f"model.adapter={config.adapter!r} adapts the head of {config.path!r}, whose weights are those of the "
+            f"embeddings too, which a teacher would then change as well: {way}"
+        )

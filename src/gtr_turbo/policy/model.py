@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import ModelConfig
 from gtr_turbo.distributed.ranks import ALONE, Ranks
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.loading import load, takes_features
 from gtr_turbo.policy.norms import fuse_norms
-from gtr_turbo.policy.processing import Processor
+from gtr_turbo.policy.processing import QWEN, Processor
 from gtr_turbo.policy.tower import attend_by_length
 from gtr_turbo.policy.weights import Weights
 from gtr_turbo.turns.turn import Observed
@@ -69,6 +70,11 @@ class Policy(Weights):
         teacher_rank: int | None = None,
     ) -> None:
         base = load(config)
+        if base.config.model_type not in QWEN and hasattr(base.model, "get_rope_index"):
+            raise ConfigError(
+                f"model.path={config.path!r} is a {base.config.model_type} with multimodal rotary positions, "
+                f"which are made here for {', '.join(QWEN)} only"
+            )
         attend_by_length(base)
         fuse_norms(base)
         super().__init__(

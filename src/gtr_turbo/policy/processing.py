@@ -57,6 +57,8 @@ class Processor:
             self._stock = AutoProcessor.from_pretrained(path)
             self.tokenizer = self._stock.tokenizer
             self.image_processor = self._stock.image_processor
+            if self.tokenizer.pad_token is None:
+                self.tokenizer.pad_token = self.tokenizer.eos_token
         specials = self.tokenizer.all_special_tokens + [
             token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special
         ]
@@ -199,8 +201,11 @@ class Processor:
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
         template = self.tokenizer if self._stock is None else self._stock
+        # a template that knows no thinking of its own takes no notice of it
         return str(
-            template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            template.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
         )
 
     def reply_ids(self, text: str) -> Tensor:
