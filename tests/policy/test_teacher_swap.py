@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.planning.dryrun import Shadow
-from gtr_turbo.policy import swap
+from gtr_turbo.policy import starter, swap
 from gtr_turbo.policy.loading import adapter_settings
 from gtr_turbo.policy.scoring import score
 from tiny import inputs_of, make_policy, observations, perturb, responses
@@ -241,7 +241,9 @@ def own_adapter(base, folder, targets):
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
-def test_an_adapter_with_names_of_another_layout_is_refused_and_not_dropped(tiny, tmp_path):
+def test_an_adapter_with_names_of_another_layout_is_refused_and_not_dropped(
+    tiny, tmp_path, monkeypatch
+):
     folder = own_adapter(tiny, tmp_path / "own", ["q_proj", "v_proj"])
     policy = make_policy(tiny, **LORA, adapter=str(folder))
     assert all(layer.lora_B["default"].weight.any() for _, layer in policy._adapted())
@@ -252,6 +254,11 @@ def test_an_adapter_with_names_of_another_layout_is_refused_and_not_dropped(tiny
     told = r"does not fit .*: only the model has 'base_model.*language_model.*gtr-turbo export"
     with pytest.raises(ConfigError, match=told):
         make_policy(tiny, **LORA, adapter=str(folder))
+    with monkeypatch.context() as patch:
+        save_file(tensors, file)
+        patch.setattr(starter, "is_hub_name", lambda name: True)
+        with pytest.raises(ConfigError, match=r"is an adapter of .*, not of"):
+            make_policy(starter.model_folder("tiny-qwen3-vl"), **LORA, adapter=str(folder))
     save_file(tensors | older, file)
     with pytest.raises(ConfigError, match="only it has 'base_model"):
         make_policy(tiny, **LORA, adapter=str(folder))

@@ -229,6 +229,12 @@ def _check_fits(model: Any, config: ModelConfig) -> None:
             f"model.adapter={config.adapter!r} does not fit model.path={config.path!r}: only {whose} has "
             f"{differing[0]!r}. If it was made on this model by other software, {way}"
         )
+    of = str(model.peft_config["default"].base_model_name_or_path)
+    if of != config.path and starter.is_hub_name(of) and starter.is_hub_name(config.path):
+        raise ConfigError(
+            f"model.adapter={config.adapter!r} is an adapter of {of}, not of {config.path}: on another base it "
+            "means nothing. Give its base as model.path, by its name or as a folder"
+        )
     plain = model.get_base_model()
     head = plain.get_output_embeddings()
     shared = plain.get_input_embeddings().weight
