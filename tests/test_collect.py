@@ -234,6 +234,18 @@ def test_play_leaves_a_finished_episode_finished(policy, monkeypatch):
     assert envs.episodes == [0, 0, 0]
 
 
+def test_a_reward_that_is_no_finite_number_is_told_with_its_action(monkeypatch):
+    envs = started()
+    step = envs._envs[0].unwrapped.step
+    monkeypatch.setattr(
+        envs._envs[0].unwrapped,
+        "step",
+        lambda action: (step(action)[0], float("nan"), *step("=")[2:]),
+    )
+    with pytest.raises(ContractError, match=r"EZPoints: step\('2'\) paid nan, which is no finite"):
+        envs.step(0, "2")
+
+
 def test_rescoring_gives_what_the_sampler_recorded_in_float32(policy):
     turns = gather(started(), policy, 2)
     for turn, again in zip(turns, rescore(turns, policy, 3), strict=True):

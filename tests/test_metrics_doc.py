@@ -54,7 +54,7 @@ def run(tiny, tmp_path_factory):
     config = settings(
         tiny,
         env_steps=14,
-        rollout=RolloutConfig(turns_per_env=7),
+        rollout=RolloutConfig(turns_per_env=7, rescore=True),
         ppo=PPOConfig(minibatch_turns=7, microbatch_turns=7, epochs=1),
         eval=EvalConfig(episodes=1, interval=1, interval_episodes=2),
     )

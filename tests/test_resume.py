@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from gtr_turbo import checkpoint, trainer
 from gtr_turbo.checkpoint import CheckpointError, fingerprint, folders, own_folder, read_state
-from gtr_turbo.config import ModelConfig
-from gtr_turbo.learning.update import make_optimizer
+from gtr_turbo.config import ModelConfig, RolloutConfig
+from gtr_turbo.learning.update import TrainingError, make_optimizer
 from gtr_turbo.policy import starter
 from gtr_turbo.teacher.history import History
 from gtr_turbo.teaching_config import TeacherConfig
@@ -301,6 +301,22 @@ def test_settings_that_do_not_contradict_it_may_change(interrupted):
     }
     train(changed(config, over), run, Silent(), resume=True)
     assert [row["update"] for row in rows_of(run)] == [1, 2, 3, 4]
+
+
+def test_rescoring_does_not_hide_a_sampler_that_disagrees(tiny, tmp_path, monkeypatch):
+    def off(*arguments, **options):
+        made = scripted(*arguments, **options)
+        return [dataclasses.replace(reply, logprobs=reply.logprobs - shift) for reply in made]
+
+    monkeypatch.setattr("gtr_turbo.collect.generate", off)
+    rollout = RolloutConfig(turns_per_env=2, rescore=True, max_logprob_gap=0.2)
+    config, view, shift = config_of(tiny, 1, rollout=rollout), Silent(), 0.1
+    train(config, tmp_path / "near", view)
+    assert view.rows[0]["ppo/sampling_gap"] == pytest.approx(0.1, abs=1e-4)
+    assert view.rows[0]["ppo/first_log_ratio"] < 1e-4
+    shift = 0.3
+    with pytest.raises(TrainingError, match=r"0\.3 nats per token .*max_logprob_gap=0\.2"):
+        train(config, tmp_path / "far", view)
 
 
 def test_a_checkpoint_of_an_older_version_resumes_with_its_seed_and_environments(interrupted):

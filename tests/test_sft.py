@@ -14,7 +14,8 @@ from gtr_turbo import sft
 from gtr_turbo.agents import stored_settings
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import ModelConfig
-from gtr_turbo.envs import make_env
+from gtr_turbo.envs import ContractError, make_env
+from gtr_turbo.envs.cards.numberline import NumberLineEnv
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.model import Policy
 from gtr_turbo.policy.scoring import score
@@ -354,4 +355,13 @@ def test_noise_wants_actions_to_choose_from(wanted):
     options = {"granularity": "formula", "prompt": "compact"}
     config = DemonstrationConfig(id="Points24", options=options, turns=1, **wanted)
     with pytest.raises(ConfigError, match=r"lists no info\['actions'\]"):
+        next(sft.played(config, seed=0))
+
+
+def test_an_environment_that_breaks_the_contract_teaches_nothing(monkeypatch):
+    monkeypatch.setattr(
+        NumberLineEnv, "demonstrate", lambda self, rng: {"action": "+", "current number": "1"}
+    )
+    config = DemonstrationConfig(id="NumberLine", turns=1)
+    with pytest.raises(ContractError, match="demonstrate must give"):
         next(sft.played(config, seed=0))

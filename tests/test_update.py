@@ -7,7 +7,7 @@ import torch
 
 from gtr_turbo.collect import Envs, collect
 from gtr_turbo.config import PPOConfig
-from gtr_turbo.learning.update import TrainingError, cosine, make_optimizer, update
+from gtr_turbo.learning.update import TrainingError, check_gap, cosine, make_optimizer, update
 from gtr_turbo.policy.scoring import score
 from gtr_turbo.turns.batch import make_batch
 from tiny import make_policy, perturb, replies, scripted, settings
@@ -175,6 +175,9 @@ def test_a_sampler_that_disagrees_with_scoring_stops_the_run(made):
     assert moved(policy, before) == 0
     assert not policy.model.training
     run(policy, shifted, gap=0.4)
+    check_gap(0.2, 0.2)
+    with pytest.raises(TrainingError, match="differs from sampling by nan"):
+        check_gap(float("nan"), 0.2)
 
 
 @pytest.mark.parametrize("through", [False, True])

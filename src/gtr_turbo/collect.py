@@ -7,6 +7,7 @@ an episode is a function of its seed and its actions, and resuming replays it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -118,11 +119,16 @@ class Envs:
         """Act in environment `i`; does not reset.
 
         Raises:
-            ContractError: the episode ends and does not say whether it was a success.
+            ContractError: the reward is not finite, or the episode ends and does not say whether it was a success.
         """
         observation, reward, terminated, truncated, info = self._envs[i].step(action)
         self.observations[i], self.infos[i] = observation, info
         self.actions[i].append(action)
+        if not math.isfinite(reward):
+            raise ContractError(
+                f"{self._name}: step({action!r:.200}) paid {reward}, which is no finite number, so nothing can be "
+                "learned from it"
+            )
         self._returns[i] += float(reward)
         done = bool(terminated or truncated)
         if done and "success" not in info:
@@ -315,9 +321,11 @@ def rescore(turns: list[Turn], policy: Policy, size: int) -> list[Turn]:
         scores = score(policy, inputs)
         value = policy.value_head(scores.hidden)
         for i, turn in enumerate(part):
+            again = scores.logprobs[i, : len(turn.reply.response_ids)].cpu()
             reply = replace(
                 turn.reply,
-                logprobs=scores.logprobs[i, : len(turn.reply.response_ids)].cpu(),
+                logprobs=again,
+                gap=float((again - turn.reply.logprobs).abs().sum()),
                 value=float(value[i]),
                 hidden=scores.hidden[i].float().cpu(),
             )

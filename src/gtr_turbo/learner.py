@@ -16,7 +16,7 @@ from gtr_turbo.config import TrainConfig
 from gtr_turbo.distributed.ranks import ALONE, Ranks
 from gtr_turbo.learning.advantages import assign_credit
 from gtr_turbo.learning.losses import masked_mean
-from gtr_turbo.learning.update import Imitation, make_optimizer, update
+from gtr_turbo.learning.update import Imitation, check_gap, make_optimizer, update
 from gtr_turbo.parsing import token_texts
 from gtr_turbo.policy.engine import Engine
 from gtr_turbo.policy.memory import CudaMeter, Microbatch
@@ -93,6 +93,7 @@ class Learner:
 
     def begin(self) -> dict[str, Any]:
         """The start of a run: the first episodes, and the starting model as teacher. No state is known yet."""
+        self._memory.restore(0, 0)  # what an attempt without a checkpoint left in this folder
         self._envs.start()
         self.policy.load_start()
         return {}
@@ -132,6 +133,7 @@ class Learner:
             turns = collect(
                 self._envs, policy, config.sampling, config.rollout, generator, self.engine
             )
+        gap = _sampling_gap(turns, ranks, config)
         clock.lap("collect")
         batch = make_batch(turns, self._own_envs, policy.processor.pad_token_id)
         self._micro.measure(
@@ -166,7 +168,7 @@ class Learner:
             microbatch=self._micro,
         )
         clock.lap("update")
-        return turns, batch, stats | told | engine
+        return turns, batch, stats | gap | told | engine
 
     def remember(self, iteration: int, batch: Batch, clock: Clock) -> dict[str, float]:
         """Keep the checkpoint and merge if a merge is due; returns the `teacher` group.
@@ -217,6 +219,22 @@ class Learner:
         checkpoint.save(run, self.policy, self._optimizer, self._history, state, keep=keep)
         if self._ranks.first:
             self._memory.prune(int(checkpoint.folders(run)[0].name))
+
+
+def _sampling_gap(turns: Sequence[Turn], ranks: Ranks, config: TrainConfig) -> dict[str, float]:
+    """How far this process' sampler was from the scoring that replaced it, nats per token over all ranks.
+
+    Raises:
+        TrainingError: further than `rollout.max_logprob_gap`.
+    """
+    rollout = config.rollout
+    if not rollout.rescore or rollout.engine != "hf":
+        return {}
+    own = (sum(t.reply.gap for t in turns), sum(len(t.reply.response_ids) for t in turns))
+    gaps, tokens = zip(*ranks.gather(own), strict=True)
+    gap = sum(gaps) / sum(tokens)
+    check_gap(gap, rollout.max_logprob_gap)
+    return {"ppo/sampling_gap": gap}
 
 
 def _corrector(

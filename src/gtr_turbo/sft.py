@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import PPOConfig
-from gtr_turbo.envs import make_env
+from gtr_turbo.envs import check_env, make_env
 from gtr_turbo.envs.contract import attribute, resolve_id
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.loading import DTYPES
@@ -112,6 +112,7 @@ def played(
 
     Raises:
         ConfigError: the environment has no `demonstrate`.
+        ContractError: it breaks the contract.
     """
     env = make_env(config.id, **config.options)
     expert = attribute(env, "demonstrate")
@@ -120,8 +121,9 @@ def played(
             f"{config.id} has no demonstrate(rng): nothing to imitate (docs/environments.md)"
         )
     rng = np.random.default_rng(seed)
-    observation, info = env.reset(seed=seed)
     try:
+        check_env(env, episodes=1)
+        observation, info = env.reset(seed=seed)
         while True:
             reply = expert(rng)
             action, legal = reply["action"], info.get("actions")

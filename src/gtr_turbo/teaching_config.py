@@ -20,8 +20,9 @@ class ImitationConfig:
 
     weight: float = 1.0
     """Of the cross-entropy per token in the loss."""
-    weight_final: float = 1.0
-    """Its value in the last update; it changes linearly. At 0 thoughts are collected all the same."""
+    weight_final: float | None = None
+    """Its value in the last update, to which it changes linearly; null is `weight`. At 0 thoughts are collected all
+    the same."""
     samples: int = 64
     """Collected turns that join each optimizer step. The trainer also lets the teacher write so many replies at
     once."""
@@ -38,6 +39,8 @@ class ImitationConfig:
     """New tries for answers that cannot be read; what is left after them is skipped, and counted."""
 
     def __post_init__(self) -> None:
+        if self.weight_final is None:
+            object.__setattr__(self, "weight_final", self.weight)
         positive(self, "samples", "temperature", "temperature_ramp", "temperature_max")
         not_negative(self, "weight", "weight_final", "limit", "retries")
         if self.temperature_ramp < 1 or self.temperature > self.temperature_max:
@@ -49,6 +52,7 @@ class ImitationConfig:
 
     def weight_at(self, update: int, updates: int) -> float:
         """The weight in an update, counted from 0, of a run of so many; that of a single one is `weight`."""
+        assert self.weight_final is not None
         return self.weight + (self.weight_final - self.weight) * update / max(1, updates - 1)
 
 

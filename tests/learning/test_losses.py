@@ -206,3 +206,13 @@ def test_explained_variance():
     assert explained_variance(torch.full((3,), 9.0), returns) == 0.0  # a constant explains nothing
     assert explained_variance(-returns, returns) == pytest.approx(-3.0)  # var(2R) = 4 var(R)
     assert explained_variance(returns, torch.ones(3)) == 0.0
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_ratio_beyond_all_numbers_has_a_gradient(advantage):
+    """Where it is clipped it is 0; the rest of the minibatch must not become NaN with it."""
+    new = torch.tensor([96.0, 0.0], requires_grad=True)
+    clipped_surrogate(new, torch.zeros(2), torch.tensor(advantage), clip=0.2).sum().backward()
+    assert torch.isfinite(new.grad).all()
+    assert new.grad[1] == -advantage
+    assert new.grad[0] == 0.0

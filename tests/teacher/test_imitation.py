@@ -47,6 +47,8 @@ def test_the_weight_changes_from_the_first_update_to_the_last():
     config = ImitationConfig(weight=1.0, weight_final=0.2)
     assert [config.weight_at(n, 5) for n in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
     assert config.weight_at(0, 1) == 1.0
+    alone = ImitationConfig(weight=0.3)
+    assert [alone.weight_at(n, 5) for n in range(5)] == pytest.approx([0.3] * 5)
 
 
 # -- splicing --------------------------------------------------------------------------------------
@@ -252,6 +254,30 @@ def test_later_files_are_removed_when_a_run_goes_back(policy, turns, tmp_path):
     again.restore(1, 4)
     assert len(again) == 4
     assert sorted(file.name for file in tmp_path.glob("*.jsonl")) == ["000001.jsonl"]
+
+
+def test_what_a_lost_machine_left_of_a_frame_is_written_again_or_told(policy, turns, tmp_path):
+    collected(policy, turns, tmp_path)
+    frames = {path: path.read_bytes() for path in (tmp_path / "frames").glob("*.png")}
+    for path in frames:
+        path.write_bytes(b"")
+    for damage in (b"", b"\x89PNG\r\n\x1a\n", next(iter(frames.values()))[:-20]):
+        for path in frames:
+            path.write_bytes(damage)
+        with pytest.raises(ValueError, match="line 1, is damaged"):
+            Memory(tmp_path, 0).restore(1, 4)
+    collected(policy, turns, tmp_path)
+    assert frames == {path: path.read_bytes() for path in frames}
+
+
+def test_a_new_start_in_a_used_folder_has_no_targets_of_the_old_one(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("gtr_turbo.collect.generate", scripted)
+    (tmp_path / "imitation").mkdir()
+    stale = tmp_path / "imitation" / "000001.jsonl"
+    stale.write_text("{}\n")
+    with own_folder(tmp_path):
+        train(settings(tiny, guidance=GuidanceConfig(kind="kl")), tmp_path, Silent())
+    assert not stale.exists()
 
 
 def test_a_frame_is_stored_once(policy, turns, tmp_path):

@@ -38,7 +38,8 @@ def clipped_surrogate(
 
     Shapes are broadcast: (B,) for one ratio a turn, (B, R) for one a token.
     """
-    ratio = (logprob - old_logprob).exp()
+    # of an infinite ratio the gradient would be no number, where it is clipped too
+    ratio = (logprob - old_logprob).clamp(max=80).exp()
     clipped = ratio.clamp(1.0 - clip, 1.0 + clip)
     return -torch.minimum(ratio * advantage, clipped * advantage)
 

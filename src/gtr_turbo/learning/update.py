@@ -147,7 +147,7 @@ def update(
             for name, number in _over(ranks, microbatch.attempt(accumulate)).items():
                 sums[name].append(number)
             if step == 0:
-                _check_gap(sums, max_logprob_gap)
+                check_gap(max(sums["ppo/log_ratio_abs"]), max_logprob_gap)
             _step(policy, optimizer, config, sums, ranks)
     finally:
         policy.model.eval()
@@ -259,13 +259,17 @@ def _over(ranks: Ranks, found: dict[str, float]) -> dict[str, float]:
     return {name: (max if name == LARGEST else sum)(part[name] for part in parts) for name in found}
 
 
-def _check_gap(sums: dict[str, list[float]], bound: float) -> None:
-    gap = max(sums["ppo/log_ratio_abs"])
-    if gap > bound:
+def check_gap(gap: float, bound: float) -> None:
+    """Refuse to learn from replies whose log-probs, in nats per token, scoring does not find.
+
+    Raises:
+        TrainingError: the gap is above the bound, or no number.
+    """
+    if not gap <= bound:
         raise TrainingError(
             f"before any step, scoring differs from sampling by {gap:.3g} nats per token (bound "
             f"rollout.max_logprob_gap={bound}). The weights that sampled are not those that are trained, or "
-            "the type is too coarse: set rollout.rescore: true for bfloat16."
+            "decoding is wrong for this model; if only the type is too coarse (bfloat16), set rollout.rescore: true"
         )
 
 

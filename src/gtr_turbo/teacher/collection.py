@@ -136,9 +136,8 @@ class Memory:
         for names, data in zip(sizes, self.ranks.to_first(b"".join(fresh.values())), strict=False):
             at = 0
             for name, size in names.items():
-                path = folder / f"{name}.png"
-                if not path.exists():
-                    self._write(path, data[at : at + size])
+                # one that is there may be what a lost machine left of it
+                self._write(folder / f"{name}.png", data[at : at + size])
                 at += size
 
     def _write(self, path: Path, data: bytes) -> None:
@@ -206,8 +205,9 @@ class Memory:
             try:
                 target = self._target(json.loads(line))
                 if self.own([target]) and target.frame not in self._frames:
-                    path = self._folder / "frames" / f"{target.frame}.png"
-                    self._frames[target.frame] = path.read_bytes()
+                    self._frames[target.frame] = _read_frame(
+                        self._folder / "frames" / f"{target.frame}.png"
+                    )
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}, line {number}, is damaged: {error}") from error
             targets.append(target)
@@ -257,6 +257,15 @@ class Memory:
             for (name, prompt), seen in fresh.items():
                 self._remember(name, prompt, seen)
         return [fresh[key] if key in fresh else self._seen[key] for key in keys]
+
+
+def _read_frame(path: Path) -> bytes:
+    png = path.read_bytes()
+    try:
+        Image.open(io.BytesIO(png)).verify()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} is no whole PNG ({error})") from error
+    return png
 
 
 def _small(observed: Observed) -> bool:

@@ -41,6 +41,8 @@ class Reply:
     """Value of the observation, from the last hidden state of the last prompt token."""
     hidden: Tensor
     """(D,) that hidden state, for extra steps of the critic."""
+    gap: float = 0.0
+    """Where scoring replaced the recorded log-probs: their absolute difference, summed over the tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
