@@ -242,7 +242,7 @@ BROKEN = {
     ),
     "an action that no reply can give": (
         {"reset": lambda self, **_: (Sound.reset(self, seed=1)[0], {"actions": ["a", "b "]})},
-        "lists 'b ': replies are read without outer blanks",
+        "lists 'b ', which no reply can give: they are read",
     ),
     "actions are numbers": (
         {"reset": lambda self, **_: (Sound.reset(self, seed=1)[0], {"actions": [0, 1]})},
