@@ -5,6 +5,7 @@ import sys
 
 from gtr_turbo import learner
 from gtr_turbo.cli import main
+from gtr_turbo.distributed.launch import leave
 from gtr_turbo.learning.update import TrainingError
 
 PLAIN = learner.collect
@@ -22,4 +23,4 @@ def leaking(*arguments):
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     learner.collect = collect
 
-sys.exit(main(sys.argv[1:]))
+leave(main(sys.argv[1:]))

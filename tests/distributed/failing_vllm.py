@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from gtr_turbo.cli import main
+from gtr_turbo.distributed.launch import leave
 
 folder, rank = Path(sys.argv[1]), os.environ["RANK"]
 fake = Path(__file__).parent.parent / "policy" / "vllm_fake.py"
@@ -21,4 +22,4 @@ chosen.write_text('#!/bin/sh\nexec "$FAKE_VLLM" "$@"\n')
 chosen.chmod(0o755)
 os.environ["FAKE_VLLM"] = str(program)
 
-sys.exit(main([*sys.argv[2:], "--rollout.vllm.python", str(chosen)]))
+leave(main([*sys.argv[2:], "--rollout.vllm.python", str(chosen)]))

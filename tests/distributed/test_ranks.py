@@ -232,6 +232,17 @@ def restarted(tiny, tmp_path_factory):
     return run, file, told
 
 
+@pytest.mark.parametrize(("met", "code", "told"), [(False, 0, "out\nlate\n"), (True, 3, "out\n")])
+def test_one_of_several_ranks_ends_without_taking_python_down(met, code, told):
+    """Threads of gloo that free a tensor then would abort the process after all its work."""
+    program = (
+        "import atexit; from gtr_turbo.distributed import launch; atexit.register(print, 'late'); print('out')\n"
+        f"launch.claim = {'bool' if met else None}; launch.leave({code})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, told)
+
+
 def test_two_machines_end_with_the_checkpoint_of_one(restarted, tmp_path):
     """Two torchruns that meet at a port, a rank each; the other run had both ranks under one, and a restart."""
     one, file, _ = restarted

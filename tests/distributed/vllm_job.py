@@ -24,7 +24,7 @@ from gtr_turbo.config import (
     SamplingConfig,
     VllmConfig,
 )
-from gtr_turbo.distributed.launch import launch
+from gtr_turbo.distributed.launch import launch, leave
 from gtr_turbo.distributed.ranks import connect, join
 from gtr_turbo.teaching_config import GuidanceConfig, ImitationConfig
 from tiny import Silent, make_policy, settings
@@ -106,3 +106,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.text import printable
@@ -67,3 +68,16 @@ def tell(text: str) -> None:
     """Print to standard error, unless another rank has told why the run ends; control characters as escapes."""
     if speaks():
         print(*map(printable, text.split("\n")), sep="\n", file=sys.stderr, flush=True)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; one of several ranks without taking Python down.
+
+    torch's caches of sharded tensors keep gloo's threads alive beyond `destroy_process_group`. One that is late
+    to free a tensor while Python is torn down aborts the process (pytorch#190489): torchrun tells of a failed job.
+    """
+    if claim is None:
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
