@@ -39,10 +39,10 @@ class ImitationConfig:
     """New tries for answers that cannot be read; what is left after them is skipped, and counted."""
 
     def __post_init__(self) -> None:
-        if self.weight_final is None:
-            object.__setattr__(self, "weight_final", self.weight)
         positive(self, "samples", "temperature", "temperature_ramp", "temperature_max")
-        not_negative(self, "weight", "weight_final", "limit", "retries")
+        not_negative(self, "weight", "limit", "retries")
+        if self.weight_final is not None:
+            not_negative(self, "weight_final")
         if self.temperature_ramp < 1 or self.temperature > self.temperature_max:
             raise ConfigError(
                 f"guidance.imitation: new tries must not be colder, but temperature_ramp={self.temperature_ramp}, "
@@ -50,10 +50,14 @@ class ImitationConfig:
                 "at least 1, the maximum at least the temperature"
             )
 
+    @property
+    def last_weight(self) -> float:
+        """That of the last update."""
+        return self.weight if self.weight_final is None else self.weight_final
+
     def weight_at(self, update: int, updates: int) -> float:
         """The weight in an update, counted from 0, of a run of so many; that of a single one is `weight`."""
-        assert self.weight_final is not None
-        return self.weight + (self.weight_final - self.weight) * update / max(1, updates - 1)
+        return self.weight + (self.last_weight - self.weight) * update / max(1, updates - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -186,6 +186,14 @@ def test_fields_that_an_older_config_lacks_have_their_defaults(tmp_path, recipe)
         examine(run, other)
 
 
+def test_a_weight_of_imitation_that_stays_is_the_same_however_it_was_said(tmp_path, recipe):
+    over = {"guidance": {"kind": "sft", "imitation": {"weight_final": 1.0}}}
+    run = finished(tmp_path / "run", over=over)
+    wanted = replace(recipe, guidance=replace(recipe.guidance, kind="sft"))
+    assert wanted.guidance.imitation.weight_final is None
+    assert examine(run, wanted)[0] == "finished"
+
+
 def test_a_folder_with_another_run_is_refused_by_name(tmp_path, recipe):
     run = finished(tmp_path / "run", over={"ppo": {"clip": 0.3}})
     with pytest.raises(ConfigError, match=r"run holds a run with other settings: ppo.clip is 0.3"):

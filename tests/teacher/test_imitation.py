@@ -14,9 +14,10 @@ from tokenizers import normalizers
 from gtr_turbo.checkpoint import CheckpointError, own_folder
 from gtr_turbo.checks import ConfigError
 from gtr_turbo.collect import Envs, collect
-from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig, SaveConfig
+from gtr_turbo.config import EnvConfig, RolloutConfig, SamplingConfig, SaveConfig, TrainConfig
 from gtr_turbo.parsing import parse
 from gtr_turbo.policy.scoring import score
+from gtr_turbo.settings import build_config
 from gtr_turbo.teacher.collection import Memory
 from gtr_turbo.teacher.imitation import imitation_loss, splice, teach, write_thoughts
 from gtr_turbo.teaching_config import GuidanceConfig, ImitationConfig
@@ -47,7 +48,8 @@ def test_the_weight_changes_from_the_first_update_to_the_last():
     config = ImitationConfig(weight=1.0, weight_final=0.2)
     assert [config.weight_at(n, 5) for n in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
     assert config.weight_at(0, 1) == 1.0
-    alone = ImitationConfig(weight=0.3)
+    over = {"guidance": {"kind": "sft", "imitation": {"weight": 0.3}}}
+    alone = build_config(TrainConfig, over).guidance.imitation  # as the command builds it
     assert [alone.weight_at(n, 5) for n in range(5)] == pytest.approx([0.3] * 5)
 
 

@@ -330,9 +330,10 @@ def examine(folder: Path, config: TrainConfig) -> tuple[State, int]:
 
 
 def _in_use(config: TrainConfig) -> dict[str, Any]:
-    """Its settings, without the groups that its kind of guidance does not read."""
+    """Its settings, without the groups that its kind of guidance does not read; null as what it stands for."""
     settings = asdict(config)
     guidance = settings["guidance"]
+    guidance["imitation"]["weight_final"] = config.guidance.imitation.last_weight
     if config.guidance.kind != "external":
         del guidance["external"]
         if config.guidance.kind != "sft":
