@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from gtr_turbo import sft
 from gtr_turbo.agents import stored_settings
 from gtr_turbo.checks import ConfigError
-from gtr_turbo.config import ModelConfig
+from gtr_turbo.config import EnvConfig, ModelConfig
 from gtr_turbo.envs import ContractError, make_env
 from gtr_turbo.envs.cards.numberline import NumberLineEnv
 from gtr_turbo.policy import starter
@@ -365,3 +365,9 @@ def test_an_environment_that_breaks_the_contract_teaches_nothing(monkeypatch):
     config = DemonstrationConfig(id="NumberLine", turns=1)
     with pytest.raises(ContractError, match="demonstrate must give"):
         next(sft.played(config, seed=0))
+
+
+def test_names_of_options_must_be_text():
+    for make in (DemonstrationConfig, EnvConfig):
+        with pytest.raises(ConfigError, match=r"options\.True must be text.*YAML reads on"):
+            make(options={True: 1, "prompt": "compact"})

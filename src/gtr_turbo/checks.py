@@ -27,12 +27,8 @@ def check_keys(settings: Mapping[str, Any], cls: type, where: str = "") -> None:
         ConfigError: names the key, what is known there, and the closest known key.
     """
     known = {f.name: get_type_hints(cls)[f.name] for f in fields(cls)}
+    check_names(where, settings)
     for key, value in settings.items():
-        if not isinstance(key, str):
-            raise ConfigError(
-                f"{where}{key!r} must be text, as names of settings are. YAML reads on, off, yes and no as true "
-                "and false"
-            )
         if key not in known:
             raise ConfigError(
                 f"unknown setting {where + key!r}; known{' in ' + where[:-1] if where else ''}: "
@@ -46,13 +42,13 @@ def check_keys(settings: Mapping[str, Any], cls: type, where: str = "") -> None:
             check_keys(value, known[key], f"{where}{key}.")
 
 
-def check_options(name: str, options: Mapping[Any, Any]) -> None:
-    """Refuse options of an environment whose names are no text."""
-    for key in options:
+def check_names(where: str, settings: Mapping[Any, Any]) -> None:
+    """Refuse names of settings, or of options of an environment, that are no text."""
+    for key in settings:
         if not isinstance(key, str):
             raise ConfigError(
-                f"{name}: the name {key!r} must be text. YAML reads on, off, yes and no as true and false; put it "
-                "in quotes"
+                f"{where}{key!r} must be text, as names of settings are. YAML reads on, off, yes and no as true "
+                "and false"
             )
 
 

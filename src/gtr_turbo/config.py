@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from gtr_turbo.checks import (
     ConfigError,
-    check_options,
+    check_names,
     check_seed,
     fraction,
     not_negative,
@@ -94,7 +94,7 @@ class EnvConfig:
 
     def __post_init__(self) -> None:
         positive(self, "num_envs")
-        check_options("env.options", self.options)
+        check_names("env.options.", self.options)
         if "split" in self.options:
             raise ConfigError("set env.train_split and env.eval_split, not env.options.split")
 

@@ -72,10 +72,8 @@ def _load(text: str) -> tuple[Any, bool]:
     """The JSON value that `text` begins with, and whether it was JSON before small faults were repaired."""
     if text.count("{") + text.count("[") > MAX_OPEN:
         return None, False
-    try:
-        return json.JSONDecoder().raw_decode(text)[0], True
-    except (ValueError, RecursionError):
-        pass  # not strict JSON: repaired below, or None
+    if (value := _strict(text)) is not None:
+        return value, True
     if len(text) > MAX_REPAIR or not text.rstrip("` \r\n\t").endswith("}"):
         return None, False
     for behind in itertools.islice(_NEXT.finditer(text), MAX_TRIED):
@@ -83,6 +81,14 @@ def _load(text: str) -> tuple[Any, bool]:
         if isinstance(first, dict) and "action" in first:
             return first, False
     return _repaired(text), False
+
+
+def _strict(text: str) -> Any:
+    """The JSON value that `text` begins with; None if that is no JSON."""
+    try:
+        return json.JSONDecoder().raw_decode(text)[0]
+    except (ValueError, RecursionError):
+        return None
 
 
 def _repaired(text: str) -> Any:
@@ -144,12 +150,14 @@ def _behind(text: str, start: int) -> tuple[int, Any, bool] | None:
         Where it begins, the object, and True for strict JSON, which alone counts here; None if there is none.
     """
     depth, tried = 0, 0
+    if text.count("{", start) + text.count("[", start) > MAX_OPEN:
+        return None
     for at in range(start, min(len(text), MAX_REPAIR)):
         if text[at] == "{":
             if depth == 0 and at > start:
-                value, strict = _load(text[at:])
-                if strict and isinstance(value, dict) and "action" in value:
-                    return at, value, strict
+                value = _strict(text[at:])
+                if isinstance(value, dict) and "action" in value:
+                    return at, value, True
                 tried += 1
             depth += 1
         elif text[at] == "}":

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from gtr_turbo.checks import (
     ConfigError,
-    check_options,
+    check_names,
     check_seed,
     fraction,
     not_negative,
@@ -36,7 +36,7 @@ class DemonstrationConfig:
 
     def __post_init__(self) -> None:
         positive(self, "turns")
-        check_options("demonstrations.options", self.options)
+        check_names("demonstrations.options.", self.options)
         fraction(self, "noise", "stray")
 
 

@@ -222,7 +222,7 @@ def _check_fits(model: Any, config: ModelConfig) -> None:
     with safe_open(Path(config.adapter) / "adapter_model.safetensors", "pt") as file:
         stored = set(file.keys())
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    way = f"make full weights of both (`gtr-turbo export {config.adapter} --out DIR`), and give DIR as model.path"
+    way = f"make full weights of it (`gtr-turbo export {config.adapter} --out DIR`), and give DIR as model.path"
     if differing := sorted(stored ^ wanted):
         whose = "it" if differing[0] in stored else "the model"
         raise ConfigError(
