@@ -42,6 +42,11 @@ STRESS += ["--eval.interval", "10"]
 STUDIES: dict[str, list[str]] = {
     # which guidance, where RL alone loses its thoughts, and where it does not
     "stress": [*STRESS, *kinds("stress")],
+    # whether imitation helps there: other seeds, and three times the episodes to tell
+    "stress-more": [
+        *("points24-token-stress", "--eval.episodes", "900", "--eval.extra_splits", "[]"),
+        *("--vary", "guidance=none,sft", "--seeds", "5,6,7,8,9,10"),
+    ],
     "points24": ["points24", *kinds("points24"), "--eval.interval", "10"],
     "ezpoints": ["ezpoints", *kinds("ezpoints"), "--eval.interval", "5"],
     # one turn: the thought is the steps, the action the whole formula
