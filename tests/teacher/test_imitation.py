@@ -146,6 +146,19 @@ def test_replies_of_strict_json_are_spliced_as_they_stand(policy):
     assert ids.tolist() == policy.processor.reply_ids(expected).tolist()
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("more", [' and then {"cards": 5', "\n```", ' {"action": "7"}', "  "])
+def test_a_target_ends_where_its_object_does(policy, more, whole):
+    """The end token is trained: behind a ramble it would teach the agent to ramble first."""
+    plain = splice(policy.processor, TEACHER, AGENT, FIELDS, whole=whole)
+    ids, trained = splice(policy.processor, TEACHER + more, AGENT + more, FIELDS, whole=whole)
+    assert (ids.tolist(), trained) == (plain[0].tolist(), plain[1])
+    # a code block that the teacher began is closed, and only that
+    block = f"```json\n{TEACHER}\n```"
+    ids, _ = splice(policy.processor, block, AGENT + more, FIELDS, whole=whole)
+    assert policy.processor.decode(ids[:-1].tolist()).endswith("}\n```")
+
+
 # -- writing ---------------------------------------------------------------------------------------
 
 
@@ -414,12 +427,30 @@ def test_teach_collects_what_could_be_read(policy, turns, tmp_path, monkeypatch)
     assert [t.prompt for t in memory.targets] == [turns[i].prompt for i in (0, 2)]
 
 
+def test_a_target_longer_than_a_reply_is_left_out(policy, turns, tmp_path, monkeypatch):
+    long = TEACHER.replace("2*6=12", "2*6=12, so 12")
+    monkeypatch.setattr("gtr_turbo.teacher.imitation.generate", replay([TEACHER, long] * 2)[0])
+    policy.load_teacher({name: torch.zeros_like(d) for name, d in policy.deltas()})
+    fits = [len(splice(policy.processor, TEACHER, turn.text, FIELDS)[0]) for turn in turns]
+    memory, sampling = Memory(tmp_path, 0), SamplingConfig(max_new_tokens=max(fits))
+    guidance = GuidanceConfig(kind="sft", imitation=ImitationConfig(retries=0))
+    metrics = teach(
+        policy, turns, FIELDS, memory, guidance, sampling, torch.Generator(), update=1
+    )
+    assert metrics["imitation/unusable"] == 2.0
+    assert [t.prompt for t in memory.targets] == [turns[i].prompt for i in (0, 2)]
+
+
 # -- in a run --------------------------------------------------------------------------------------
+
+
+ROOM = SamplingConfig(max_new_tokens=80)  # for what `scripted` writes
 
 
 def sft_settings(tiny, **groups):
     return settings(
         tiny,
+        sampling=ROOM,
         guidance=GuidanceConfig(kind="sft", imitation=ImitationConfig(samples=3, retries=0)),
         **groups,
     )
@@ -469,6 +500,7 @@ def test_a_bounded_collection_has_what_the_older_checkpoint_needs(tiny, tmp_path
     bounded = settings(
         tiny,
         env_steps=20,
+        sampling=ROOM,
         guidance=GuidanceConfig(kind="sft", imitation=imitation),
         save=SaveConfig(interval=1, keep=2),
     )

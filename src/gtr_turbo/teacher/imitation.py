@@ -32,11 +32,16 @@ from gtr_turbo.turns.turn import Observed, Turn
 ACTION_KEY = re.compile(r"""["']?action["']?\s*:\s*["']?""")
 """It says nothing of the action, and ends the thought: it is trained with the thought."""
 
+FENCE = re.compile(r"\s*```\s*$")
+"""The end of a code block around a reply."""
+
 
 def splice(
     processor: Processor, teacher: str, agent: str, fields: Sequence[str], *, whole: bool = False
 ) -> tuple[Tensor, int] | None:
-    """The teacher's thought and the agent's action as one reply.
+    """The teacher's thought and the agent's action as one reply, which ends where its object does.
+
+    What either wrote behind its object is left out, but for the end of a code block that the teacher began.
 
     Args:
         processor: its tokenizer.
@@ -56,8 +61,12 @@ def splice(
         return None
     source, own = (teacher, written) if whole else (agent, acted)
     tail = source[own.action_start :]
-    if not own.strict:
+    if own.strict:
+        tail = tail[: json.JSONDecoder().raw_decode("{" + tail)[1] - 1]
+    else:
         tail = f'"action": {json.dumps(own.fields["action"], ensure_ascii=False)}}}'
+    if "```" in teacher[: written.action_start] and (fence := FENCE.search(teacher)):
+        tail += fence[0]
     ids = processor.reply_ids(teacher[: written.action_start] + tail)
     text = processor.decode(ids[:-1])  # a tokenizer may write it otherwise: Qwen's composes accents
     made = parse(text, fields)
@@ -188,10 +197,14 @@ def teach(
         engine=engine,
     )
     whole = guidance.tokens == "response"
-    made = [
-        None if text is None else splice(policy.processor, text, turn.text, fields, whole=whole)
-        for turn, text in zip(turns, written.texts, strict=True)
-    ]
+    made: list[tuple[Tensor, int] | None] = []
+    for turn, text in zip(turns, written.texts, strict=True):
+        target = (
+            None if text is None else splice(policy.processor, text, turn.text, fields, whole=whole)
+        )
+        if target is not None and len(target[0]) > sampling.max_new_tokens:
+            target = None  # it would teach the agent to be cut
+        made.append(target)
     memory.add(update, turns, made)
     lost = sum(text is not None for text in written.texts) - sum(t is not None for t in made)
     return written.metrics | {
