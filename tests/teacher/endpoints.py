@@ -23,6 +23,7 @@ class Scripted(solver_corrector.Handler):
             server.requests.append(body)
             server.keys.append(self.headers.get("Authorization"))
             fault = server.script.pop(0) if server.script else server.after
+        fault = server.special(body) or fault
         if fault == "ok":
             message = solver_corrector.complete(body)
             answer = solver_corrector.completion(body, message)
@@ -65,10 +66,14 @@ class Scripted(solver_corrector.Handler):
 
 
 @contextmanager
-def endpoint(*script, after="ok", handler=Scripted):
-    """A running server; `requests` are the bodies it got, `keys` the Authorization headers."""
+def endpoint(*script, after="ok", handler=Scripted, special=lambda body: None):
+    """A running server; `requests` are the bodies it got, `keys` the Authorization headers.
+
+    `special` gives the fault of a request whose body asks for one, whatever the script says.
+    """
     server = solver_corrector.serve(handler=handler)
     server.script, server.after, server.lock = list(script), after, threading.Lock()
+    server.special = special
     server.requests, server.keys, server.wake = [], [], threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

@@ -384,6 +384,27 @@ def test_wait_is_bounded(turns, tmp_path):
     assert sum(answer is not None for answer in answers) >= 1  # what came is kept
 
 
+@pytest.mark.parametrize("fault", ["drop", (500, {}, "")])
+def test_one_question_that_always_fails_is_left_out_and_not_waited_for(turns, tmp_path, fault):
+    """While the others are answered there is no outage: the run would stop for it in every update."""
+    picture = []
+
+    def special(body):
+        url = body["messages"][1]["content"][1]["image_url"]["url"]
+        picture.append(url)
+        return fault if url == picture[0] else None
+
+    with endpoint(special=special) as server:
+        asked = corrector(
+            server, tmp_path, outage="wait", wait_s=600, retries=2, backoff_s=0.1, concurrency=2
+        )
+        answers = asked.ask(turns, 1)
+    lost = sum(url == picture[0] for url in picture)
+    assert asked.stopped is None
+    assert 0 < sum(answer is None for answer in answers) < len(turns)
+    assert lost >= 3  # its retries were made all the same
+
+
 def test_a_long_retry_after_is_not_slept_through(turns, tmp_path):
     with endpoint(after=(429, {"Retry-After": "7200"}, "")) as server:
         assert corrector(server, tmp_path, retries=9).ask(turns[:1], 1) == [None]
@@ -539,6 +560,30 @@ def test_a_budget_of_tokens_or_dollars_is_not_overrun(turns, tmp_path, concurren
     assert next(iter(budget)) in asked.stopped
 
 
+def test_what_timed_out_counts_as_the_dearest(turns, tmp_path):
+    """A provider bills the response that our deadline cut, and does not say what it was."""
+    usage = {"usage": {"prompt_tokens": 100, "completion_tokens": 50}}
+    with endpoint(says(ANSWER) | usage, after="slow") as server:
+        limits = {"budget": {"tokens": 1000}, "max_tokens": 300, "timeout_s": 0.1, "retries": 0}
+        asked = corrector(server, tmp_path, concurrency=9, **limits)
+        asked.ask(turns[:4], 1)
+        assert asked.ledger.spent.timeout == 3
+        assert asked.ledger.spent.tokens == 150  # what is known
+        assert "is spent: 1050 so far (3 that timed out counted as the dearest)" in (
+            corrector(server, tmp_path, **limits).stops_before(2)  # as after a crash
+        )
+        metrics = asked.metrics()
+    assert metrics["external/tokens_in"] + metrics["external/tokens_out"] == 150
+
+
+def test_an_outage_before_the_first_price_is_given_up_after_one_turn(turns, tmp_path):
+    """Conversations wait for each other then: eight of them would outlast the patience of other ranks."""
+    with endpoint(after=(503, {}, "")) as server:
+        asked = corrector(server, tmp_path, concurrency=4, retries=1, budget={"tokens": 1000})
+        assert asked.ask(turns, 1) == [None] * 6
+    assert len(server.requests) == 2
+
+
 def test_an_error_in_the_place_of_an_answer_is_tried_again_within_a_budget(turns, tmp_path):
     used = says(ANSWER) | {"usage": {"prompt_tokens": 1, "completion_tokens": 1}}
     with endpoint(
@@ -564,7 +609,12 @@ def test_json_of_any_depth_is_judged():
         assert problem(deep, {"type": "string"})
 
 
-@pytest.mark.parametrize("answer", [says(ANSWER), says(""), says("", refusal="no")])
+NOTHING = {"usage": {"prompt_tokens": 0, "completion_tokens": 0}}
+
+
+@pytest.mark.parametrize(
+    "answer", [says(ANSWER), says(ANSWER) | NOTHING, says(""), says("", refusal="no")]
+)
 def test_a_budget_that_cannot_be_kept_is_refused(turns, tmp_path, answer):
     """Also where the answers, which are paid for, are of no use."""
     with (
@@ -754,6 +804,33 @@ def test_a_share_of_the_turns_is_sent(policy, turns, tmp_path):
         metrics = corrected(asked, policy, turns, Memory(tmp_path / "m", 0), share=0.5)
     assert metrics["external/asked"] == 3
     assert len(server.requests) <= 3
+
+
+def test_a_share_of_less_than_a_turn_is_sent_now_and_then(policy, turns, tmp_path):
+    sent = []
+    with endpoint() as server:
+        asked = corrector(server, tmp_path)
+        for seed in range(60):
+            generator, memory = torch.Generator().manual_seed(seed), Memory(tmp_path / str(seed), 0)
+            told = correct(
+                *(asked, policy.processor, turns, memory, generator),
+                share=0.05,
+                longest=96,
+                update=1,
+            )
+            sent.append(told["external/asked"])
+    assert set(sent) == {0.0, 1.0}
+    assert 0.1 < np.mean(sent) < 0.5  # 0.3 is due
+
+
+def test_whole_numbers_are_imitated_without_a_point(policy, turns, tmp_path):
+    thought = THOUGHT | {"cards": [2.0, 6.0]}  # a schema takes them for integers
+    answer = json.dumps({"evaluation": "", "correct": True, "thought": thought})
+    memory = Memory(tmp_path / "m", 0)
+    with endpoint(says(answer)) as server:
+        corrected(corrector(server, tmp_path), policy, turns[:1], memory)
+    written = policy.processor.decode(memory.targets[0].response_ids[:-1].tolist())
+    assert '"cards": [2, 6]' in written
 
 
 def test_a_thought_longer_than_a_reply_may_be_is_not_collected(policy, turns, tmp_path):

@@ -434,9 +434,7 @@ def test_a_target_longer_than_a_reply_is_left_out(policy, turns, tmp_path, monke
     fits = [len(splice(policy.processor, TEACHER, turn.text, FIELDS)[0]) for turn in turns]
     memory, sampling = Memory(tmp_path, 0), SamplingConfig(max_new_tokens=max(fits))
     guidance = GuidanceConfig(kind="sft", imitation=ImitationConfig(retries=0))
-    metrics = teach(
-        policy, turns, FIELDS, memory, guidance, sampling, torch.Generator(), update=1
-    )
+    metrics = teach(policy, turns, FIELDS, memory, guidance, sampling, torch.Generator(), update=1)
     assert metrics["imitation/unusable"] == 2.0
     assert [t.prompt for t in memory.targets] == [turns[i].prompt for i in (0, 2)]
 

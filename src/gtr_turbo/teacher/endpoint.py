@@ -196,7 +196,7 @@ class Endpoint:
         usage = usage if isinstance(usage, dict) else {}
         told = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
         counts = [number for number in told if type(number) is int and number >= 0]
-        if len(counts) < len(told):
+        if len(counts) < len(told) or not counts[0]:  # a prompt has tokens
             return False
         if max(counts) > MOST_TOKENS:
             raise AnswerError("schema")

@@ -7,6 +7,7 @@ The corrected thought takes the place of the agent's, the agent's action stays: 
 from __future__ import annotations
 
 import json
+import math
 import random
 import threading
 import time
@@ -92,6 +93,7 @@ class Corrector:
             self._schema,
             calls_each=self._rounds + 1,
             open_at_once=config.concurrency,
+            most_tokens=config.max_tokens,
         )
         if ranks.first:
             self.ledger.load()
@@ -212,7 +214,9 @@ class Corrector:
 
     def _hopeless(self) -> bool:
         """Too much in a row came to nothing: the rest of the update is not tried."""
-        return self._lost >= self._config.concurrency or self._rejected >= REJECTIONS
+        # while a price is to be learned, conversations wait for each other
+        most = self._config.concurrency if self.ledger.priced else 1
+        return self._lost >= most or self._rejected >= REJECTIONS
 
     def _answered(self, rejection: str = "") -> None:
         with self._lock:
@@ -265,12 +269,14 @@ class Corrector:
     ) -> Mapping[str, Any] | None:
         messages = list(body["messages"])
         lost = bad = rounds = 0  # tries lost to the present outage, bad answers, rounds of tools
+        since = math.inf  # when the first of them was lost
         while not self._halt.is_set() and (lost or bad or rounds or not self._hopeless()):
+            alone = self._heard > since  # others got answers between our tries
             try:
                 last = {"tool_choice": "none"} if self._tools and rounds == self._rounds else {}
                 message = endpoint.send({**body, "messages": messages, **last}, tally)
                 self._answered()
-                lost = 0
+                lost, since = 0, math.inf
                 if not message.get("tool_calls"):
                     return read_answer(message, self._schema, endpoint.secret)
                 if rounds == self._rounds:
@@ -282,16 +288,17 @@ class Corrector:
             except AnswerError as fault:
                 tally[fault.kind] += 1
                 lost, bad = (lost + 1, bad) if fault.kind in OUTAGES else (0, bad + 1)
+                since = min(since, time.monotonic()) if lost else math.inf
                 tries = lost + bad
-                if not self._again(fault, tries) or not self.ledger.may_retry():
+                if not self._again(fault, tries, alone) or not self.ledger.may_retry():
                     return None
                 tally["retries"] += 1
                 pause = min(LONGEST_PAUSE_S, self._config.backoff_s * 2.0 ** min(tries - 1, 20))
                 self._halt.wait(fault.pause or pause * (0.5 + jitter.random()))
         return None
 
-    def _again(self, fault: AnswerError, tries: int) -> bool:
-        """Whether a conversation goes on after a failure."""
+    def _again(self, fault: AnswerError, tries: int, alone: bool) -> bool:
+        """Whether a conversation goes on after a failure; `alone`: others are answered while it is not."""
         outage = fault.kind in OUTAGES
         if not outage:
             self._answered(fault.said)
@@ -299,7 +306,7 @@ class Corrector:
             return False
         if tries <= self._config.retries and fault.pause <= LONGEST_PAUSE_S:
             return True
-        if outage and self._config.outage == "wait":
+        if outage and self._config.outage == "wait" and (not alone or fault.kind == "rate_limit"):
             return self._wait(fault)
         with self._lock:
             self._lost += outage
@@ -342,14 +349,16 @@ def correct(
         turns: of this rank.
         memory: keeps the targets.
         generator: draws the turns that are sent; all ranks must give the same.
-        share: of the valid turns of all ranks, so many are sent.
+        share: of the valid turns of all ranks, so many are sent, in the mean.
         longest: tokens of a reply; a longer target would teach the agent to be cut.
         update: its number.
     """
     ranks, envs = memory.ranks, len({turn.env_index for turn in turns})
     flags = list(by_time(ranks.gather([turn.valid for turn in turns]), envs))
     valid = torch.tensor(flags).nonzero()[:, 0]
-    drawn = torch.randperm(len(valid), generator=generator)[: round(share * len(valid))]
+    order, due = torch.randperm(len(valid), generator=generator), share * len(valid)
+    rest = float(torch.rand((), generator=generator, dtype=torch.float64))  # of a turn, by chance
+    drawn = order[: math.floor(due + rest)]
     rows = valid[drawn.sort().values]
     asked: list[int] = ranks.own_rows(rows, (len(turns) // envs, envs)).tolist()
     answers = corrector.ask([turns[row] for row in asked], update)

@@ -28,6 +28,8 @@ class Cost:
     tokens_in: int = 0
     tokens_out: int = 0
     dollars: float = 0.0
+    timeout: int = 0
+    """Requests without a whole response in time: what they cost is not known, and not in the others."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
@@ -55,6 +57,7 @@ class Ledger:
         *,
         calls_each: int,
         open_at_once: int,
+        most_tokens: int,
     ) -> None:
         """Nothing is asked or spent yet.
 
@@ -64,9 +67,11 @@ class Ledger:
             schema: of an answer.
             calls_each: requests a conversation may need when nothing fails.
             open_at_once: conversations that may be open at the same time.
+            most_tokens: of a response.
         """
         self._path, self._budget, self._schema = path, budget, schema
         self._calls_each, self._open_at_once = calls_each, open_at_once
+        self._unseen = self._cost({"calls": 1, "tokens_in": 0, "tokens_out": most_tokens})
         self.answers: dict[str, Mapping[str, Any]] = {}
         self.spent = Cost()
         self.update = 0
@@ -129,22 +134,32 @@ class Ledger:
                     return short
                 self._changed.wait()
 
+    @property
+    def priced(self) -> bool:
+        """Whether it is known what a conversation takes, as far as the budget asks."""
+        return bool(self._most_tokens) or not (self._budget.tokens or self._budget.dollars)
+
     def short(self) -> str | None:
         """Why one more conversation cannot be opened now, if so; if none is open, which budget is spent."""
-        budget, ahead = self._budget, self._open + 1
-        if (budget.tokens or budget.dollars) and not self._most_tokens and self._open:
+        budget, ahead, late = self._budget, self._open + 1, self.spent.timeout
+        if not self.priced and self._open:
             return "the first price is not known yet"
+        tokens = max(self._most_tokens, self._unseen.tokens)
+        dollars = max(self._most_dollars, self._unseen.dollars)
         for name, spent, each in (
             ("calls", self.spent.calls + self._extra, self._calls_each),
-            ("tokens", self.spent.tokens, self._most_tokens),
-            ("dollars", self.spent.dollars, self._most_dollars),
+            ("tokens", self.spent.tokens + late * tokens, self._most_tokens),
+            ("dollars", self.spent.dollars + late * dollars, self._most_dollars),
         ):
             limit = getattr(budget, name)
+            assumed = f" ({late} that timed out counted as the dearest)" * (
+                late and name != "calls"
+            )
             if limit and (spent + ahead * each > limit or spent >= limit):
                 return (
-                    f"guidance.external.budget.{name}={limit} is spent: {spent:.6g} so far, and one more turn "
-                    f"may take {each:.6g}. Go on with --resume (without it, if there is no checkpoint yet) and a "
-                    "higher one; every answer is kept"
+                    f"guidance.external.budget.{name}={limit} is spent: {spent:.6g} so far{assumed}, and one "
+                    f"more turn may take {each:.6g}. Go on with --resume (without it, if there is no checkpoint "
+                    "yet) and a higher one; every answer is kept"
                 )
         return None
 
@@ -164,7 +179,8 @@ class Ledger:
         Args:
             question: its hash.
             update: in which it was asked.
-            tally: its `calls`, `tokens_in` and `tokens_out`, and the `retries` that `may_retry` reserved.
+            tally: its `calls`, `tokens_in` and `tokens_out`, how many had a `timeout`, and the `retries` that
+                `may_retry` reserved.
             answer: what came, if anything.
         """
         with self._changed:
@@ -191,4 +207,4 @@ class Ledger:
     def _cost(self, tally: Mapping[str, int]) -> Cost:
         budget, tokens = self._budget, (tally["tokens_in"], tally["tokens_out"])
         dollars = (tokens[0] * budget.input_price + tokens[1] * budget.output_price) / 1e6
-        return Cost(tally["calls"], *tokens, dollars)
+        return Cost(tally["calls"], *tokens, dollars, tally.get("timeout", 0))

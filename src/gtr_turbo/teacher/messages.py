@@ -215,7 +215,18 @@ def read_answer(
     answer: dict[str, Any] = loads(message["content"], secret)
     if problem(answer, schema) is not None:
         raise AnswerError("schema")
-    return answer
+    return {**answer, "thought": _whole(answer["thought"])}
+
+
+def _whole(value: Any) -> Any:
+    """A JSON value with 7 for 7.0, which a schema takes for an integer: the agent would learn to write it."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [_whole(part) for part in value]
+    if isinstance(value, dict):
+        return {name: _whole(part) for name, part in value.items()}
+    return value
 
 
 def answer_calls(
