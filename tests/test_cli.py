@@ -346,10 +346,23 @@ def test_a_recipe_of_ones_own_is_not_overwritten_by_its_run(capsys, small, tmp_p
     assert own.read_bytes() == Path(small).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "tensorboard/events", "trajectories/000001.jsonl", "imitation/a.png"]
+)
+def test_files_of_others_are_not_cleared_away(capsys, small, tmp_path, name):
+    theirs = tmp_path / "theirs" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("kept")
+    run = str(tmp_path / "theirs")
+    check_fails(capsys, ["train", "--config", str(small), "--run", run], "is of no run", "--run")
+    assert theirs.read_text() == "kept"
+
+
 def test_what_an_attempt_left_is_not_shown_as_the_runs_own(small, tmp_path):
     """Trajectories of updates that this course of the run has not made."""
     run = tmp_path / "run"
     (run / "trajectories").mkdir(parents=True)
+    (run / "run.lock").touch()
     (run / "tensorboard").mkdir()
     for update in (1, 2):
         (run / "trajectories" / f"00000{update}.jsonl").write_text("of another environment\n")

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import subprocess
@@ -164,7 +165,7 @@ def test_trackio_is_started_named_and_resumed(tmp_path, monkeypatch):
         return Run()
 
     monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=init))
-    monkeypatch.setattr(trackers, "_installed", lambda name: True)
+    monkeypatch.setattr(trackers, "installed", lambda name: True)
     for resume in (False, True):
         config = settings("m", trackers=("trackio",), run=str(run))
         writers = Trackers(config, run, pytest.fail, resume=resume)
@@ -285,17 +286,26 @@ def test_one_that_does_not_start_closes_those_before_it(tmp_path, two, monkeypat
 
 
 def test_a_missing_package_is_told_before_the_run(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(trackers, "_installed", lambda name: name != "trackio")
+    monkeypatch.setattr(trackers, "installed", lambda name: name != "trackio")
     run = tmp_path / "run"
     assert main(["train", "--run", str(run), "--trackers", '["trackio"]']) == 2
     assert "pip install 'gtr-turbo[trackio]'" in capsys.readouterr().err
     assert not run.exists()
 
 
+def test_a_folder_named_like_a_package_is_none(tmp_path, monkeypatch):
+    """W&B itself writes into ./wandb, and Python takes a mere folder for a package."""
+    (tmp_path / "a_tracker").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert importlib.util.find_spec("a_tracker") is not None
+    assert not trackers.installed("a_tracker")
+    assert trackers.installed("tensorboard")
+
+
 def test_auto_takes_tensorboard_where_it_is(monkeypatch):
     assert chosen(settings("m", trackers="auto")) == ("tensorboard",)
     assert chosen(settings("m", trackers=())) == ()
-    monkeypatch.setattr(trackers, "_installed", lambda name: False)
+    monkeypatch.setattr(trackers, "installed", lambda name: False)
     assert chosen(settings("m", trackers="auto")) == ()
 
 

@@ -46,6 +46,13 @@ FIXED = (
 """What a run keeps to its end: its episodes, counts of turns, weights and sums of the teacher rest on it."""
 
 
+WRITTEN = (
+    "config.yaml", "metrics.jsonl", "trackers.json", "trajectories", "imitation", "external", "tensorboard",
+    "vllm",
+)  # fmt: skip
+"""What a run that begins writes, or clears away of an attempt that came to nothing."""
+
+
 class CheckpointError(RuntimeError):
     """A run folder is in use, not writable, damaged, or of another run."""
 
@@ -64,7 +71,7 @@ def check_folder(run: Path, *, resume: bool) -> None:
     """Refuse a run folder to go on in or to begin in.
 
     Raises:
-        ConfigError: there is nothing to go on from; or a run, or a `config.yaml` of no run, would be lost.
+        ConfigError: there is nothing to go on from; or a run, or files of no run, would be lost.
     """
     finished = (run / "summary.json").exists()
     if not folders(run) and finished:
@@ -78,9 +85,9 @@ def check_folder(run: Path, *, resume: bool) -> None:
         )
     if not resume and folders(run):
         raise ConfigError(f"{run} holds a run already: go on with --resume, or give another --run")
-    stored = run / "config.yaml"
-    if not resume and stored.exists() and not (run / "run.lock").exists():
-        raise ConfigError(f"{stored} is of no run, and would be overwritten; give another --run")
+    if not resume and not (run / "run.lock").exists():
+        for foreign in filter(Path.exists, (run / name for name in WRITTEN)):
+            raise ConfigError(f"{foreign} is of no run, and would be lost; give another --run")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -11,6 +12,12 @@ from typing import Any, get_args, get_type_hints
 
 class ConfigError(ValueError):
     """A setting that is unknown, of the wrong type, or cannot work."""
+
+
+def installed(package: str) -> bool:
+    """Whether it can be imported; a mere folder of its name, which Python takes for a package too, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def suggest(word: str, known: list[str]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import importlib.util
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
-from gtr_turbo.checks import ConfigError
+from gtr_turbo.checks import ConfigError, installed
 from gtr_turbo.config import TrainConfig
 
 CLOSING_S = 600.0
@@ -141,17 +140,13 @@ def chosen(config: TrainConfig) -> tuple[str, ...]:
         ConfigError: one that was asked for is not installed.
     """
     if config.trackers == "auto":
-        return ("tensorboard",) if _installed("tensorboard") else ()
+        return ("tensorboard",) if installed("tensorboard") else ()
     for name in config.trackers:
-        if not _installed(name):
+        if not installed(name):
             raise ConfigError(
                 f"trackers: {name} is not installed: pip install 'gtr-turbo[{name}]', or take it off the list"
             )
     return tuple(config.trackers)
-
-
-def _installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 def _identity(run: Path, resume: bool) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from gtr_turbo.checks import ConfigError, not_negative, positive
 from gtr_turbo.teaching_config import is_base_url
+
+OURS = re.compile("--(model|served-model-name|host|port|uds|api-key|root-path|ssl-.*)")
+"""Arguments that say what is served, where, and to whom: the run gives them, or asks in vain without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,7 @@ class VllmConfig:
     concurrency: int = 64
     """Requests in flight."""
     startup_s: float = 900.0
-    """How long vLLM may take to start."""
+    """How long vLLM may take to start, or one that answered before to come back."""
     timeout_s: float = 300.0
     """Of one request, from connecting to the last byte."""
     retries: int = 4
@@ -61,6 +65,13 @@ class VllmConfig:
                 "rollout.vllm.sleep=true is for vLLM on the trainer's GPU: leave rollout.vllm.base_url at null, or "
                 "set sleep to false"
             )
+        for word in self.arguments:
+            name = word.partition("=")[0]
+            if OURS.fullmatch(name.replace("_", "-")):
+                raise ConfigError(
+                    f"rollout.vllm.arguments: {name} is the run's own; leave it out, or start a server yourself "
+                    "and give its address as rollout.vllm.base_url (a key is read from VLLM_API_KEY)"
+                )
         if self.teacher_rank is not None:
             positive(self, "teacher_rank")
         for url in self.addresses:

@@ -150,7 +150,7 @@ def test_wrong_arguments_are_explained_before_anything_starts(capsys, tmp_path, 
 def test_a_variant_that_cannot_start_is_told_unless_its_runs_are_finished(
     capsys, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("gtr_turbo.trackers._installed", lambda name: False)
+    monkeypatch.setattr("gtr_turbo.trackers.installed", lambda name: False)
     out = tmp_path / "out"
     command = ["compare", "ezpoints", "--seeds", "1", "--out", str(out)]
     assert main([*command, "--trackers", "[wandb]", "--dry-run"]) == 2

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +206,7 @@ def test_nobody_there(policy, tmp_path):
 
 REFUSALS = {
     "400": ((400, {"error": {"message": "prompt too long"}}), "HTTP 400.*prompt too long"),
+    "no route": ((404, {"detail": "Not Found"}), "/inference/v1/generate: start it with --enable-scale-out"),
     "401": ((401, b""), "VLLM_API_KEY"),
     "other prompt": (
         lambda a: {**a, "prompt_token_ids": [*a["prompt_token_ids"][:9], 7]},
@@ -246,6 +248,16 @@ def test_the_key_is_sent_and_never_shown(policy, behind, tmp_path, monkeypatch):
         with pytest.raises(EngineError) as caught:
             write(engine, policy, 1)
     assert set(server.keys) == {"Bearer sk-secret-words"}
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["sk-secret\nwords", "sk-secret\u2013words"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(
+    policy, tmp_path, monkeypatch, key
+):
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    with pytest.raises(ConfigError, match="VLLM_API_KEY must hold a key of printable") as caught:
+        engine_for(policy, "http://127.0.0.1:9", tmp_path)
     assert "secret" not in str(caught.value)
 
 
@@ -332,6 +344,30 @@ def test_a_server_that_forgot_the_adapter_gets_it_again(policy, behind, tmp_path
         assert [path for path, _ in server.requests].count("/v1/load_lora_adapter") == 2
 
 
+def test_a_server_elsewhere_that_is_started_again_is_waited_for(policy, behind, tmp_path):
+    """It takes minutes to load its model, and then knows no adapter."""
+    with serving(behind) as server:
+        engine = engine_for(policy, server.url, tmp_path, retries=1, backoff_s=0.02)
+        engine.refresh()
+
+        def back():
+            server.loaded.clear()
+            server.down = False
+
+        server.down = True
+        timer = threading.Timer(0.5, back)
+        timer.start()
+        assert len(write(engine, policy)) == 2
+        timer.join()
+        server.down = True
+        engine._link._config = replace(engine._link._config, startup_s=0.1)
+        with pytest.raises(EngineError, match="after 2 tries"):
+            write(engine, policy)
+    assert next(note for note in engine.notes if "to come back" in note).startswith(
+        "vLLM: waiting up to 900 s for http://127.0.0.1"
+    )
+
+
 def test_an_adapter_that_the_server_has_is_taken_as_it_is(policy, behind, tmp_path):
     """The name tells the content: of a run that crashed, or a request whose answer was lost."""
     with serving(behind) as server:
@@ -388,8 +424,18 @@ def test_a_server_that_dies_too_often_stops_the_run(policy, tmp_path):
     engine.close()
 
 
+def test_a_new_start_that_fails_is_repeated_as_often_as_is_left(policy, tmp_path):
+    """What died may hold the GPU's memory for a while."""
+    engine = own(policy, tmp_path, state={"deaths": 1, "broken": [2, 3]}, restarts=3)
+    engine.refresh()
+    assert len(write(engine, policy, 1)) == 1
+    assert engine.metrics()["engine/restarts"] == 3
+    assert sum("ValueError: no such model" in note for note in engine.notes) == 2
+    engine.close()
+
+
 def test_a_server_that_does_not_start_is_quoted(policy, tmp_path):
-    engine = own(policy, tmp_path, state={"broken": True})
+    engine = own(policy, tmp_path, state={"broken": [1]})
     with pytest.raises(
         EngineError, match=r"ended at its start: ValueError: no such model .*server.log"
     ):
@@ -564,8 +610,8 @@ def test_an_engine_that_cannot_be_made_is_quoted(policy, behind, tmp_path, monke
         engine = inside(policy, tmp_path, sleep=True)
         with pytest.raises(EngineError, match=r"at its start: ValueError: Sleep mode .*engine.log"):
             engine.refresh()
-        engine = inside(policy, tmp_path, arguments=("--port", "1"))
-        with pytest.raises(ConfigError, match=r"refuses an argument.*'--port 1'"):
+        engine = inside(policy, tmp_path, arguments=("--chat-template", "1"))
+        with pytest.raises(ConfigError, match=r"refuses an argument.*'--chat-template 1'"):
             engine.refresh()
 
 
@@ -600,6 +646,8 @@ def test_in_a_run_the_engine_sleeps_whenever_no_replies_are_written(
         ({"mode": "inprocess", "base_url": "http://h:1"}, "mode='inprocess'.*base_url"),
         ({"mode": "inprocess", "python": "other/python"}, "mode='inprocess'.*python"),
         ({"sleep": True, "base_url": "http://h:1"}, "sleep=true.*base_url"),
+        ({"arguments": ("--port", "9000")}, "arguments: --port is the run's own"),
+        ({"arguments": ("--enforce-eager", "--ssl_keyfile=k")}, "--ssl_keyfile is the run's own"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(given, message):

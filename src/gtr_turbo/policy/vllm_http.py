@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import re
 import socket
 import threading
 import time
@@ -24,6 +25,10 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
+from gtr_turbo.checks import ConfigError
+
+GENERATE = "/inference/v1/generate"
+NO_ROUTE = re.compile(rb'"detail":\s*"Not Found"')
 LONGEST_ANSWER = 2**26  # bytes
 LONGEST_QUOTE = 300  # characters of a server's own words
 
@@ -44,9 +49,18 @@ class Client:
     """A server's address. The key, if it wants one, is in `VLLM_API_KEY`, where vLLM itself reads it."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        """Nothing is sent yet. `timeout_s` bounds a request from connecting to the last byte."""
+        """Nothing is sent yet. `timeout_s` bounds a request from connecting to the last byte.
+
+        Raises:
+            ConfigError: the key is none that a header can hold.
+        """
         self.url, self._timeout_s = url.rstrip("/"), timeout_s
         self._key = os.environ.get("VLLM_API_KEY", "").strip()
+        if not re.fullmatch("[!-~]*", self._key):
+            raise ConfigError(
+                "the environment variable VLLM_API_KEY must hold a key of printable ASCII, but there is a blank, a "
+                "line break or another character in it; copy the key into it again"
+            )
 
     def healthy(self, timeout_s: float = 5.0) -> bool:
         """Whether a server answers and is ready."""
@@ -98,7 +112,7 @@ class Client:
             EngineError: the request is refused.
         """
         try:
-            answer = json.loads(self._post("/inference/v1/generate", body))
+            answer = json.loads(self._post(GENERATE, body))
         except (ValueError, RecursionError):
             raise OutageError("it answered with what is no JSON") from None
         if not isinstance(answer, dict):
@@ -110,6 +124,8 @@ class Client:
         if status == 200 or (status == 400 and b"has already been loaded" in answer):
             return answer
         said = f"HTTP {status} at {path}: {self._words(answer)}"
+        if status == 404 and path == GENERATE and NO_ROUTE.search(answer):
+            raise EngineError(f"{self.url} has no {path}: start it with --enable-scale-out")
         if status == 404:
             raise UnknownAdapterError(said)
         if status in (408, 425, 429) or status >= 500:

@@ -57,6 +57,7 @@ class Link:
         self.server: Server | Resident | None = None
         self.client: Client | ResidentClient | None = None
         self.restarts = 0
+        self._answered = False
         self._adapters: dict[str, Path] = {}
         if self.address is None:
             kind = Server if self._config.mode == "server" else Resident
@@ -122,6 +123,7 @@ class Link:
             for i, future in futures.items():
                 try:
                     found[i] = future.result()
+                    self._answered = True
                 except OutageError as outage:
                     outages.append(outage)
         if not outages:
@@ -138,21 +140,47 @@ class Link:
         assert self.client is not None
         time.sleep(self._config.backoff_s * 2**attempt)
         if self.server is not None and not (self.server.alive and self.client.healthy()):
-            if self.restarts == self._config.restarts:
-                raise EngineError(
-                    f"vLLM died {self.restarts + 1} times (rollout.vllm.restarts={self._config.restarts}): "
-                    f"{last_words(self.server.log)}"
-                )
-            self.restarts += 1
-            self.server.stop()
-            self.client = self.server.start()
-        elif not any(isinstance(outage, UnknownAdapterError) for outage in outages):
+            self.client = self._started_anew(self.server)
+        elif not self._back() and not any(
+            isinstance(outage, UnknownAdapterError) for outage in outages
+        ):
             return
         for name in self._adapters:
             try:
                 self._load(name)
             except OutageError as outage:
                 self._note(f"vLLM: {outage}; trying again")
+
+    def _started_anew(self, server: Server | Resident) -> Client | ResidentClient:
+        """Start it as often as is left; raises EngineError when nothing is."""
+        while self.restarts < self._config.restarts:
+            self.restarts += 1
+            server.stop()
+            try:
+                return server.start()
+            except EngineError as error:  # what died may hold the GPU's memory for a while
+                self._note(f"vLLM: {error}; starting it again")
+                time.sleep(self._config.backoff_s)
+        raise EngineError(
+            f"vLLM died {self.restarts + 1} times (rollout.vllm.restarts={self._config.restarts}): "
+            f"{last_words(server.log)}"
+        )
+
+    def _back(self) -> bool:
+        """Wait for a server that answered before and is gone; whether it came back, without our adapters."""
+        assert self.client is not None
+        if self.server is not None or not self._answered or self.client.healthy():
+            return False
+        self._answered = False  # it is waited for once
+        self._note(
+            f"vLLM: waiting up to {self._config.startup_s:g} s for {self.address} to come back"
+        )
+        deadline = time.monotonic() + self._config.startup_s
+        while time.monotonic() < deadline:
+            time.sleep(self._config.backoff_s)
+            if self.client.healthy():
+                return True
+        return False
 
     def close(self) -> None:
         """Stop an own vLLM; let another one forget the adapters."""

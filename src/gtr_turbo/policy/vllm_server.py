@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import socket
@@ -12,7 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from gtr_turbo.checks import ConfigError
+from gtr_turbo.checks import ConfigError, installed
 from gtr_turbo.config import ModelConfig
 from gtr_turbo.policy import starter
 from gtr_turbo.policy.vllm_http import Client, EngineError
@@ -43,7 +42,7 @@ def engine_arguments(model: ModelConfig, config: VllmConfig, rank: int) -> list[
     Raises:
         ConfigError: vLLM is not installed, or takes no adapter of this rank.
     """
-    if config.python is None and importlib.util.find_spec("vllm") is None:
+    if config.python is None and not installed("vllm"):
         raise ConfigError(
             "rollout.engine='vllm' needs an extra: pip install 'gtr-turbo[vllm]'. To keep the environments apart, "
             "leave rollout.vllm.mode at server and name the Python of another one that has vLLM as "
