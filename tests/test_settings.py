@@ -6,6 +6,7 @@ from gtr_turbo.checks import ConfigError
 from gtr_turbo.config import TrainConfig
 from gtr_turbo.envs.contract import ContractError
 from gtr_turbo.settings import (
+    SFT_CONFIGS,
     build_config,
     config_file,
     read_config,
@@ -42,6 +43,32 @@ def test_a_base_is_looked_for_beside_the_file_first(tmp_path, monkeypatch):
     assert read_config(tmp_path / "sub" / "mine.yaml") == {"seed": 1, "env_steps": 7}
     (tmp_path / "sub" / "common.yaml").unlink()
     assert read_config(tmp_path / "sub" / "mine.yaml")["seed"] == 2, "then from where we are"
+
+
+def test_a_base_is_one_of_the_commands_own_recipes(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("base: points24-qwen2.5-vl-7b\nsteps: 9\n")
+    made = read_config(mine, SFT_CONFIGS)
+    assert made["steps"] == 9
+    assert (
+        made["demonstrations"]
+        == read_config(config_file("points24-qwen2.5-vl-7b", SFT_CONFIGS))["demonstrations"]
+    )
+    assert "env" in read_config(mine)  # of the same name, but of `train`
+
+
+@pytest.mark.parametrize("name", ["EZPoints", "gtr/Household-v0"])
+def test_another_environment_in_a_file_drops_what_it_drops_on_the_command_line(tmp_path, name):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        f"base: points24-qwen2.5-vl-7b\nenv: {{id: {name}, options: {{prompt: compact}}}}\n"
+    )
+    line = env_of("--env", name, "--env.options.prompt", "compact", recipe="points24-qwen2.5-vl-7b")
+    made = read_config(mine)
+    assert made["env"] == line["env"]
+    assert "early_truncation" not in made["env"]["options"]
+    assert "extra_splits" not in made["eval"]
+    assert "name" not in made  # that is the file's
 
 
 def env_of(*arguments, recipe="ezpoints"):

@@ -134,7 +134,9 @@ def _train_shown(config: TrainConfig, run: Path, options: argparse.Namespace, ra
 
 def run_sft(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Make a starting model by imitation."""
-    settings = read_config(config_file(options.config, SFT_CONFIGS)) if options.config else {}
+    settings = (
+        read_config(config_file(options.config, SFT_CONFIGS), SFT_CONFIGS) if options.config else {}
+    )
     over = read_overrides(rest)
     for key in ("out", "seed"):
         if getattr(options, key) is not None:

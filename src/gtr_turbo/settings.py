@@ -63,8 +63,10 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def with_overrides(settings: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's settings under those of the command line; another environment leaves of its own what fits."""
+def with_overrides(
+    settings: dict[str, Any], over: dict[str, Any], *, rename: bool = True
+) -> dict[str, Any]:
+    """A recipe's settings under others; another environment leaves of its own what fits, and names it."""
     env, own, evaluation = over.get("env"), settings.get("env", {}), settings.get("eval", {})
     given = env.get("id") if isinstance(env, dict) else None
     if isinstance(given, str) and isinstance(own, dict) and isinstance(evaluation, dict):
@@ -72,7 +74,7 @@ def with_overrides(settings: dict[str, Any], over: dict[str, Any]) -> dict[str, 
             name = re.sub(r"\W+", "-", given.rpartition(":")[2].removeprefix("gtr/")).lower()
             # its own splits are of the other environment
             kept = {key: value for key, value in evaluation.items() if key != "extra_splits"}
-            settings = settings | {"name": name, "eval": kept}
+            settings = settings | {"eval": kept} | ({"name": name} if rename else {})
         settings = settings | {"env": other_environment(own, given)}
     return merge(settings, over)
 
@@ -109,15 +111,19 @@ def other_environment(env: dict[str, Any], name: str) -> dict[str, Any]:
     return kept | {"id": name}
 
 
-def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Settings of a YAML file; a first key `base: NAME` takes another config and changes it.
+def read_config(
+    path: Path, folder: Path = CONFIGS, *, above: tuple[Path, ...] = ()
+) -> dict[str, Any]:
+    """Settings of a YAML file; a key `base: NAME` takes another config and changes it as the command line would.
 
     Args:
         path: the file.
-        above: files whose `base` led here; a file is looked for beside `path` first.
+        folder: of the shipped configs that `base` may name; a file is looked for beside `path` first.
+        above: files whose `base` led here.
 
     Raises:
         ConfigError: not YAML, not a mapping, a key given twice, or its own base.
+        ContractError: it names an environment that there is not, in place of that of its base.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -132,10 +138,10 @@ def read_config(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         return settings
     above = (*above, path.resolve())
     beside = path.parent / str(base)
-    below = beside if beside.is_file() else config_file(str(base))
+    below = beside if beside.is_file() else config_file(str(base), folder)
     if below.resolve() in above:
         raise ConfigError(f"base: {base} in {path} leads back to {below}")
-    return merge(read_config(below, above), settings)
+    return with_overrides(read_config(below, folder, above=above), settings, rename=False)
 
 
 def _check_once(node: Any, path: Path, group: str = "") -> None:

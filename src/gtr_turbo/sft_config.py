@@ -27,7 +27,7 @@ class DemonstrationConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Its keyword arguments."""
     turns: int = 4096
-    """Different turns to demonstrate."""
+    """Turns to demonstrate, in episodes one after another; states may repeat."""
     noise: float = 0.0
     """Chance that the demonstrated action is replaced by a random legal one; thoughts stay right."""
     stray: float = 0.0
