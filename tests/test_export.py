@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
+from gtr_turbo import checkpoint
 from gtr_turbo.cli import main
 from tiny import make_policy, observations, perturb
 
@@ -174,7 +176,24 @@ def test_of_weights_without_a_run_the_recipe_beside_them_goes_along(adapter, tmp
     started = named(adapter, tmp_path / "started")
     (started / "recipe.yaml").write_text("env: {id: NumberLine}\n")
     assert main(["export", str(started), "--out", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "recipe.yaml").read_text() == "env: {id: NumberLine}\n"
+    made = (tmp_path / "out" / "recipe.yaml").read_text()
+    assert yaml.safe_load(made) == {"env": {"id": "NumberLine"}}
+
+
+@pytest.mark.parametrize("way", ["link", "here"])
+def test_a_students_run_is_found_by_every_way_to_it(lora_run, tmp_path, monkeypatch, way):
+    student = checkpoint.folders(lora_run)[-1] / "student"
+    if way == "link":
+        path = tmp_path / "latest"
+        path.symlink_to(student)
+    else:
+        monkeypatch.chdir(student)
+        path = Path()
+    assert main(["export", str(path), "--out", str(tmp_path / "out")]) == 0
+    assert (
+        yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["env"]["id"] == "NumberLine"
+    )
+    assert main(["eval", str(path), "--episodes", "1"]) == 0
 
 
 def test_an_exported_folder_names_no_folder_of_this_machine(capsys, full_run, adapter, tmp_path):
@@ -196,6 +215,12 @@ def test_an_exported_folder_names_no_folder_of_this_machine(capsys, full_run, ad
         assert all(str(tmp_path.parent) not in file.read_text() for file in text_files(folder))
     assert made["checkpoints"][0]["path"] == "mine"
     assert "/" not in made["base"]["path"]
+    started = named(adapter, tmp_path / "started")  # as `sft` leaves it
+    (started / "recipe.yaml").write_text("env: {id: Household, options: {games: /home/me/games}}")
+    capsys.readouterr()
+    assert main(["export", str(started), "--out", str(tmp_path / "start")]) == 0
+    assert "option games, a path" in capsys.readouterr().err
+    assert "/home" not in (tmp_path / "start" / "recipe.yaml").read_text()
 
 
 def text_files(folder):

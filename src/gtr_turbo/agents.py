@@ -50,7 +50,7 @@ def stored_settings(path: Path, which: str) -> dict[str, Any]:
     if which == "teacher":
         raise ConfigError(f"{path} is no run folder, so it has no teacher; drop --which teacher")
     beside = [Path(model_folder(str(path))) / "recipe.yaml"]
-    if path.name in ("student", "teacher"):
+    if path.resolve().name in ("student", "teacher"):
         beside.append(path.resolve().parent.parent.parent / "config.yaml")
     settings = next((read_config(file) for file in beside if file.exists()), {})
     return merge(settings, {"model": _weights(path)})

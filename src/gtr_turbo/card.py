@@ -187,7 +187,7 @@ def model_card(
         guidance=None if shown is None else KINDS[shown["guidance"]["kind"]],
         base=without_paths(base),
         form="LoRA adapter (PEFT)" if adapter else "full weights",
-        steps=given.get("env_steps", "not known: the run has no summary"),
+        steps=given.get("env_steps", "not known: the run has no summary of these weights"),
         episodes=given.get("episodes"),
         results=_results(given, which),
         train_split=split or "none",

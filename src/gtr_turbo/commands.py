@@ -260,9 +260,9 @@ def run_merge(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _shard_bytes(options: argparse.Namespace) -> int:
-    if not 0 < options.shard_gb < 2**20:
+    if not 0 < options.shard_gb < 1e6:
         raise ConfigError(f"shard size {options.shard_gb} GB must be above 0")
-    return int(options.shard_gb * 2**30)
+    return int(options.shard_gb * 1e9)
 
 
 def run_export(options: argparse.Namespace, rest: Sequence[str]) -> int:

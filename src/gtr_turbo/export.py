@@ -53,13 +53,14 @@ def find_source(path: Path, which: str) -> Source:
             raise ConfigError(f"{path} is a run without a complete checkpoint; nothing to export")
         checkpoint.read_state(saved[-1])
         return _of_run(path, saved[-1] / which, which)
-    run = path.resolve().parent.parent.parent
-    if path.name in ("student", "teacher") and (run / "config.yaml").is_file():
-        if which == "teacher" and path.name == "student":
+    real = path.resolve()  # it may be a link, or "."
+    run = real.parent.parent.parent
+    if real.name in ("student", "teacher") and (run / "config.yaml").is_file():
+        if which == "teacher" and real.name == "student":
             raise ConfigError(
-                f"{path} is a student; for the teacher give the run, or {path.parent}/teacher"
+                f"{path} is a student; for the teacher give the run, or {real.parent}/teacher"
             )
-        return _of_run(run, path, path.name)
+        return _of_run(run, path, real.name)
     if which == "teacher":
         raise ConfigError(f"{path} is no run folder, so it has no teacher; drop --which teacher")
     if is_adapter(path):
@@ -128,7 +129,7 @@ def export(
     which: str = "student",
     dtype: str | None = None,
     threads: int = 2,
-    shard_bytes: int = 5 << 30,
+    shard_bytes: int = 5 * 10**9,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Write full weights, sharded, with config, tokenizer, processor, chat template and model card.
@@ -186,27 +187,27 @@ def export(
         summary=source.summary,
     )
     checkpoint.write_atomically(out / "README.md", text)
-    if source.settings is not None:
-        checkpoint.write_atomically(out / "recipe.yaml", _recipe(source.settings))
-        for name, value in source.settings["env"].get("options", {}).items():
+    recipe = None if source.settings is None else _recipe(source.settings)
+    if recipe is None and (source.weights / "recipe.yaml").is_file():  # that `sft` made
+        recipe = read_config(source.weights / "recipe.yaml")
+    if recipe is not None:
+        text = yaml.safe_dump(without_paths(recipe), sort_keys=False, allow_unicode=True)
+        checkpoint.write_atomically(out / "recipe.yaml", text)
+        for name, value in recipe.get("env", {}).get("options", {}).items():
             if without_paths(value) != value:
                 print(
                     f"note: of the environment's option {name}, a path, recipe.yaml holds the last part only; give "
                     f"it again: gtr-turbo eval {out} --option {name}=PATH",
                     file=sys.stderr,
                 )
-    elif (source.weights / "recipe.yaml").is_file():  # of an adapter that `sft` made
-        found = (source.weights / "recipe.yaml").read_text(encoding="utf-8")
-        checkpoint.write_atomically(out / "recipe.yaml", found)
     return report
 
 
-def _recipe(settings: dict[str, Any]) -> str:
-    """Of a run's settings, what `eval` and `play` need to know; as in the card, a path is cut to its last part."""
+def _recipe(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's settings, what `eval` and `play` need to know."""
     model = {name: settings["model"][name] for name in ("attention", "dtype", "device")}
     env = {name: value for name, value in settings["env"].items() if name != "num_envs"}
-    kept = {"env": env, "sampling": settings["sampling"], "model": model}
-    return yaml.safe_dump(without_paths(kept), sort_keys=False, allow_unicode=True)
+    return {"env": env, "sampling": settings["sampling"], "model": model}
 
 
 def _same_base(base: str, source: Source) -> None:

@@ -131,6 +131,11 @@ def refused(paths, out, *parts, **options):
     assert snapshot(out.parent) == before
 
 
+def on(form, base):
+    """The base, where the form needs one."""
+    return {"base": base} if form == "dense" else {}
+
+
 def bounded(form):
     """No bound on the loss, of the forms that can lose something."""
     return {"max_lost": 1} if form in ("adapter", "cat") else {}
@@ -279,6 +284,14 @@ def test_a_change_that_does_not_fit_an_adapter_is_refused(three, tmp_path, form)
     refused(three[0], tmp_path / "out", "module", "does not fit float32", **options)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_change_too_large_to_be_cut_is_refused(tmp_path):
+    """It is finite, and its product with the sketch is not."""
+    large = tuple(3e18 * side.sign() for side in noise(0, (2, 64), (64, 2)))
+    paths = [handmade(tmp_path / str(k), {"layer": large}) for k in range(2)]
+    refused(paths, tmp_path / "out", "'layer'", "does not fit float32", form="adapter", rank=1)
+
+
 # -- scales ----------------------------------------------------------------------------------------
 
 SCALES = {
@@ -334,9 +347,9 @@ def test_an_adapter_of_full_rank_gives_the_logits_of_the_dense_merge(base, three
 
 
 @pytest.mark.parametrize("method", ["ties", "linear", "task-arithmetic", "dare-ties"])
-def test_a_low_rank_is_close_to_the_best_and_its_loss_is_told(base, three, tmp_path, method):
+def test_a_low_rank_is_close_to_the_best_and_its_loss_is_told(three, tmp_path, method):
     paths, deltas = three
-    report = merge(paths, tmp_path / "out", form="adapter", method=method, max_lost=1, base=base)
+    report = merge(paths, tmp_path / "out", form="adapter", method=method, max_lost=1)
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["r"] == report.manifest["settings"]["rank"] == 8  # twice the inputs'
     found = products(tmp_path / "out")
@@ -469,7 +482,7 @@ def test_adapters_of_16_bits_are_read_and_written(base, three, tmp_path, dtype):
         widened = {name: tensor.float() for name, tensor in rounded.items()}
         wide.append(adapter_of(tmp_path / f"wide-{path.name}", widened, path))
     for form, method in (("dense", "ties"), ("adapter", "ties"), ("cat", "linear")):
-        options = {"form": form, "method": method, "base": base} | bounded(form)
+        options = {"form": form, "method": method} | on(form, base) | bounded(form)
         merge(halved, tmp_path / f"{form}-half", **options)
         merge(wide, tmp_path / f"{form}-wide", **options)
         assert_same(load(tmp_path / f"{form}-half"), load(tmp_path / f"{form}-wide"))
@@ -605,15 +618,15 @@ def test_threads_and_engine_change_no_bit_of_adapters(base, three, tmp_path, for
     outs = []
     for engine, threads in (("numba", 1), ("numba", 2), ("numba", 4), ("numpy", 1)):
         outs.append(tmp_path / f"{engine}-{threads}")
-        options = {"engine": engine, "threads": threads} | bounded(form)
-        merge(paths, outs[-1], base=base, form=form, method=method, **options)
+        options = {"engine": engine, "threads": threads} | on(form, base) | bounded(form)
+        merge(paths, outs[-1], form=form, method=method, **options)
     for out in outs[1:]:
         assert weight_bytes(out) == weight_bytes(outs[0])
 
 
 def test_thresholds_are_kept_of_full_checkpoints_only(base, three, tmp_path):
     for form in ("dense", "adapter"):
-        options = {"base": base, "form": form, "keep_thresholds": True}
+        options = {"form": form, "keep_thresholds": True} | on(form, base)
         refused(three[0], tmp_path / "out", "ties of full models only", **options)
 
 
@@ -634,7 +647,7 @@ def test_the_plan_reads_each_input_once(tmp_path, form, dtype):
     pairs = {"layer": tuple(t.to(dtype) for t in noise(0, (2, 6), (5, 2)))}
     paths = [handmade(tmp_path / str(k), pairs) for k in range(2)]
     origin = save(tmp_path / "base", {"layer.weight": torch.ones(5, 6), "other": torch.ones(3)})
-    plan = merge(paths, tmp_path / "out", base=origin, form=form, dry_run=True).plan
+    plan = merge(paths, tmp_path / "out", form=form, dry_run=True, **on(form, origin)).plan
     factors = 2 * (2 * 6 + 5 * 2) * dtype.itemsize
     assert plan.read_bytes == factors + (4 * (30 + 3) if form == "dense" else 0)
 
@@ -859,7 +872,7 @@ def test_a_factor_that_is_not_finite_is_named(tmp_path, form, method, rank, side
     pairs[1][side][1, 1] = value
     paths = [handmade(tmp_path / str(k), {"deep.layer": pair}) for k, pair in enumerate(pairs)]
     origin = save(tmp_path / "base", {"deep.layer.weight": torch.ones(5, 6)})
-    options = {"form": form, "method": method, "base": origin, "rank": rank} | bounded(form)
+    options = {"form": form, "method": method, "rank": rank} | on(form, origin) | bounded(form)
     refused(paths, tmp_path / "out", "'deep.layer'", "not finite", paths[1], **options)
 
 
@@ -885,6 +898,15 @@ def test_a_form_that_cannot_be_made_is_refused(three, tmp_path, options, parts):
     options = dict(options)
     paths = three[0][: options.pop("count", 3)]
     refused(paths, tmp_path / "out", *parts, **options)
+
+
+@pytest.mark.parametrize(
+    ("form", "method"), [("adapter", "ties"), ("cat", "linear"), ("factors", "ties")]
+)
+def test_an_adapter_is_merged_without_a_base(base, three, tmp_path, form, method):
+    """The manifest would name a base that nothing was read of."""
+    told = f"form {form} makes an adapter and needs no base"
+    refused(three[0], tmp_path / "out", told, base=base, form=form, method=method)
 
 
 def test_dense_takes_no_rank(base, three, tmp_path):

@@ -258,9 +258,21 @@ def test_a_checkpoint_without_tensors_is_refused(tmp_path):
 
 
 def test_two_files_without_an_index_are_refused(tmp_path):
-    folder = save(tmp_path / "model", tensors())
-    save_file(tensors(), folder / "second.safetensors")
-    refused(folder, folder, "model.safetensors", "second.safetensors")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("first", "second"):
+        save_file(tensors(), folder / f"{name}.safetensors")
+    refused(folder, folder, "first.safetensors", "second.safetensors")
+
+
+def test_one_file_is_taken_before_shards_and_others_as_transformers_does(tmp_path):
+    """It writes model.safetensors beside the index of older shards, and reads it first."""
+    folder = save_sharded(tmp_path / "model", {n: t * 0 for n, t in tensors().items()})
+    save_file(tensors(), folder / "model.safetensors")
+    save_file({"x": torch.ones(1)}, folder / "consolidated.safetensors")
+    with Checkpoint.open(folder) as found:
+        assert [file.name for file in found.files] == ["model.safetensors"]
+        assert set(found.entries) == set(tensors())
 
 
 def test_a_checkpoint_of_a_run_is_refused_with_the_folder_to_give(tmp_path):
@@ -301,14 +313,16 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
     ],
 )
 def test_an_index_that_names_nothing_is_refused(tmp_path, text):
-    folder = save(tmp_path / "model", tensors())
+    folder = tmp_path / "model"
+    folder.mkdir()
     (folder / "model.safetensors.index.json").write_text(text)
     refused(folder, folder)
 
 
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
     save(tmp_path / "secret.safetensors", tensors())
-    folder = save(tmp_path / "model", tensors())
+    folder = tmp_path / "model"
+    folder.mkdir()
     index = {"weight_map": {"matrix": "../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(folder, "secret.safetensors")

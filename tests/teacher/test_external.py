@@ -576,6 +576,32 @@ def test_what_timed_out_counts_as_the_dearest(turns, tmp_path):
     assert metrics["external/tokens_in"] + metrics["external/tokens_out"] == 150
 
 
+@pytest.mark.parametrize("outage", ["skip", "wait"])
+@pytest.mark.parametrize("fault", ["slow", "cut"])
+def test_retries_are_paid_from_the_budget_too(turns, tmp_path, fault, outage):
+    """What is cut at its limit, or at our deadline, is billed, and tried again."""
+    usage = {"usage": {"prompt_tokens": 100, "completion_tokens": 100}}
+    cut = says(ANSWER[:9]) | usage
+    cut["choices"][0]["finish_reason"] = "length"
+    with endpoint(says(ANSWER) | usage, after=cut if fault == "cut" else fault) as server:
+        asked = corrector(
+            server, tmp_path, outage=outage, retries=50, timeout_s=0.1, max_tokens=100,
+            concurrency=4, budget={"tokens": 2000},
+        )  # fmt: skip
+        asked.ask(turns, 1)
+    assert "budget.tokens=2000 is spent" in asked.stopped
+    assert len(server.requests) <= 10  # 200 each
+
+
+def test_a_limit_of_the_rate_is_told_once_an_update(turns, tmp_path):
+    notes, busy = [], (429, {}, "")
+    with endpoint(*[busy, busy, "ok"] * 6) as server:
+        asked = corrector(server, tmp_path, notes=notes, outage="wait", retries=1)
+        assert None not in asked.ask(turns, 1)
+    (note,) = notes
+    assert "limits the rate; waiting up to" in note
+
+
 def test_an_outage_before_the_first_price_is_given_up_after_one_turn(turns, tmp_path):
     """Conversations wait for each other then: eight of them would outlast the patience of other ranks."""
     with endpoint(after=(503, {}, "")) as server:

@@ -76,6 +76,8 @@ def _check_form(
         problem = "slerp is for full checkpoints; for adapters take linear or ties"
     elif form == "dense" and base is None:
         problem = "form dense adds the merged change to the base: give the base"
+    elif form != "dense" and base is not None:
+        problem = f"form {form} makes an adapter and needs no base: drop it"
     elif rank is not None and (rank < 1 or form in ("dense", "factors")):
         problem = (
             f"rank {rank}: form {form} takes {'1 or more' if form in FORMS[1:3] else 'no rank'}"
@@ -235,7 +237,10 @@ class _Pair:
     def _cut(self, context: Context) -> tuple[Floats, Floats, float, dict[str, Any]]:
         change, lines = self._change(context)
         rng = np.random.default_rng([self.recipe.seed, self.number])
-        return *lora.low_rank(change, self.size, rng), lines
+        try:
+            return *lora.low_rank(change, self.size, rng), lines
+        except np.linalg.LinAlgError:  # of a product that is not finite
+            raise self._too_large() from None
 
     def _change(self, context: Context) -> tuple[Floats, dict[str, Any]]:
         """The merged change (out, in), and its lines of the manifest."""

@@ -102,7 +102,7 @@ def merge(
     dtype: str | None = None,
     seed: int = 0,
     threads: int = 2,
-    shard_bytes: int = 5 << 30,
+    shard_bytes: int = 5 * 10**9,
     engine: str = "numba",
     keep_thresholds: bool = False,
     dry_run: bool = False,

@@ -70,7 +70,7 @@ class Writer:
         layout: Iterable[tuple[str, str, tuple[int, ...]]],
         *,
         stem: str = "model",
-        shard_bytes: int = 5 << 30,
+        shard_bytes: int = 5 * 10**9,
     ) -> Self:
         """Write headers, and the index if there is more than one file, and reserve the space.
 

@@ -246,6 +246,8 @@ def _files(path: Path, stem: str | None) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise MergeError(f"{path} does not exist: expected a folder or a .safetensors file")
+    if (whole := path / f"{stem or 'model'}.safetensors").is_file():
+        return [whole]  # as transformers does: it leaves the index of older shards where it is
     indices = sorted(path.glob(f"{stem or '*'}{INDEX}"))
     if indices:
         try:

@@ -110,7 +110,7 @@ class Corrector:
         self._said = ""
         """What the endpoint said to the last of them."""
         self._told = False
-        """That we wait."""
+        """That we wait; once an update."""
 
     # -- an update -----------------------------------------------------------------------------
 
@@ -149,6 +149,7 @@ class Corrector:
         """Answers to the questions of all ranks."""
         self._counts.clear()
         self._answered()
+        self._told = False
         keys = [digest(body) for body in bodies]
         fresh = {
             key: body
@@ -220,7 +221,7 @@ class Corrector:
 
     def _answered(self, rejection: str = "") -> None:
         with self._lock:
-            self._heard, self._lost, self._told = time.monotonic(), 0, False
+            self._heard, self._lost = time.monotonic(), 0
             self._rejected = self._rejected + 1 if rejection else 0
             self._said = rejection or self._said
 
@@ -247,7 +248,7 @@ class Corrector:
         answer = None
         try:
             jitter = random.Random(f"{self._seed} {update} {key}")
-            answer = self._answer(endpoint, body, tally, jitter)
+            answer = self._answer(endpoint, key, body, tally, jitter)
         except BaseException:
             self._halt.set()
             raise
@@ -263,6 +264,7 @@ class Corrector:
     def _answer(
         self,
         endpoint: Endpoint,
+        key: str,
         body: Mapping[str, Any],
         tally: Counter[str],
         jitter: random.Random,
@@ -290,7 +292,7 @@ class Corrector:
                 lost, bad = (lost + 1, bad) if fault.kind in OUTAGES else (0, bad + 1)
                 since = min(since, time.monotonic()) if lost else math.inf
                 tries = lost + bad
-                if not self._again(fault, tries, alone) or not self.ledger.may_retry():
+                if not self._again(fault, tries, alone) or not self.ledger.may_retry(key, tally):
                     return None
                 tally["retries"] += 1
                 pause = min(LONGEST_PAUSE_S, self._config.backoff_s * 2.0 ** min(tries - 1, 20))
@@ -324,9 +326,12 @@ class Corrector:
         with self._lock:
             told, self._told = self._told, True
         if not told:
-            self._note(
-                f"{config.base_url} does not answer ({fault.kind}); waiting up to {config.wait_s:g} s"
+            how = (
+                "limits the rate"
+                if fault.kind == "rate_limit"
+                else f"does not answer ({fault.kind})"
             )
+            self._note(f"{config.base_url} {how}; waiting up to {config.wait_s:g} s")
         return True
 
 

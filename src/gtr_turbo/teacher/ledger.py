@@ -77,6 +77,8 @@ class Ledger:
         self.update = 0
         self._most_tokens, self._most_dollars = 0, 0.0
         self._open, self._extra = 0, 0
+        self._running: dict[str, tuple[Cost, int]] = {}
+        """Of open conversations with new tries: their cost before the last of them, and 1 if it was granted."""
         self._changed = threading.Condition()
 
     def load(self) -> None:
@@ -141,35 +143,50 @@ class Ledger:
 
     def short(self) -> str | None:
         """Why one more conversation cannot be opened now, if so; if none is open, which budget is spent."""
-        budget, ahead, late = self._budget, self._open + 1, self.spent.timeout
         if not self.priced and self._open:
             return "the first price is not known yet"
-        tokens = max(self._most_tokens, self._unseen.tokens)
-        dollars = max(self._most_dollars, self._unseen.dollars)
-        for name, spent, each in (
-            ("calls", self.spent.calls + self._extra, self._calls_each),
-            ("tokens", self.spent.tokens + late * tokens, self._most_tokens),
-            ("dollars", self.spent.dollars + late * dollars, self._most_dollars),
-        ):
-            limit = getattr(budget, name)
-            assumed = f" ({late} that timed out counted as the dearest)" * (
-                late and name != "calls"
-            )
-            if limit and (spent + ahead * each > limit or spent >= limit):
+        late = self.spent.timeout
+        for name in ("calls", "tokens", "dollars"):
+            limit, (taken, each) = getattr(self._budget, name), self._taken(name)
+            assumed = f" ({late} that timed out counted as the dearest)"
+            if limit and (taken + each > limit or taken >= limit):
                 return (
-                    f"guidance.external.budget.{name}={limit} is spent: {spent:.6g} so far{assumed}, and one "
-                    f"more turn may take {each:.6g}. Go on with --resume (without it, if there is no checkpoint "
-                    "yet) and a higher one; every answer is kept"
+                    f"guidance.external.budget.{name}={limit} is spent: {taken:.6g} so far"
+                    f"{assumed if late and name != 'calls' else ''}, and one more turn may take {each:.6g}. "
+                    "Go on with --resume (without it, if there is no checkpoint yet) and a higher one; every "
+                    "answer is kept"
                 )
         return None
 
-    def may_retry(self) -> bool:
-        """Whether an open conversation may send a request beyond `calls_each`; if so, it is reserved."""
+    def _taken(self, name: str) -> tuple[float, float]:
+        """What is spent or may still be by open conversations, and what one more may take."""
+        if name == "calls":
+            each: float = self._calls_each
+            return self.spent.calls + self._extra + self._open * each, each
+        each = self._most_tokens if name == "tokens" else self._most_dollars
+        dearest = max(each, getattr(self._unseen, name))
+        so_far = [
+            getattr(cost, name) + cost.timeout * dearest + granted * each
+            for cost, granted in self._running.values()
+        ]
+        ahead = sum(max(each, cost) for cost in so_far) + (self._open - len(so_far)) * each
+        return getattr(self.spent, name) + self.spent.timeout * dearest + ahead, each
+
+    def may_retry(self, question: str, tally: Mapping[str, int]) -> bool:
+        """Whether an open conversation, with this tally so far, may send a request beyond `calls_each`.
+
+        If so, the request is reserved. It may take as much as a whole turn: one that is cut, or times out, is paid.
+        """
         with self._changed:
-            ahead = self.spent.calls + self._extra + self._open * self._calls_each
-            allowed = not self._budget.calls or ahead < self._budget.calls
-            self._extra += allowed
-            return allowed
+            cost = self._cost(tally)
+            self._running[question] = cost, 0
+            for name in ("calls", "tokens", "dollars"):
+                limit, (taken, each) = getattr(self._budget, name), self._taken(name)
+                if limit and taken + (1 if name == "calls" else each) > limit:
+                    return False
+            self._running[question] = cost, 1
+            self._extra += 1
+            return True
 
     def end(
         self, question: str, update: int, tally: Mapping[str, int], answer: Mapping[str, Any] | None
@@ -201,6 +218,7 @@ class Ledger:
                     self._take(question, update, cost, answer)
             finally:
                 self._open -= 1
+                self._running.pop(question, None)
                 self._extra -= tally["retries"]
                 self._changed.notify_all()
 
