@@ -46,6 +46,7 @@ STUDIES: dict[str, list[str]] = {
     "stress-more": [
         *("points24-token-stress", "--eval.episodes", "900", "--eval.extra_splits", "[]"),
         *("--vary", "guidance=none,sft", "--seeds", "5,6,7,8,9,10"),
+        *("--episodes", "48"),  # long ones, with a frame a turn
     ],
     "points24": ["points24", *kinds("points24"), "--eval.interval", "10"],
     "ezpoints": ["ezpoints", *kinds("ezpoints"), "--eval.interval", "5"],
