@@ -42,10 +42,10 @@ STRESS += ["--eval.interval", "10"]
 STUDIES: dict[str, list[str]] = {
     # which guidance, where RL alone loses its thoughts, and where it does not
     "stress": [*STRESS, *kinds("stress")],
-    # whether imitation helps there: other seeds, and three times the episodes to tell
+    # whether guidance helps there: other seeds, and three times the episodes to tell
     "stress-more": [
         *("points24-token-stress", "--eval.episodes", "900", "--eval.extra_splits", "[]"),
-        *("--vary", "guidance=none,sft", "--seeds", "5,6,7,8,9,10"),
+        *("--vary", "guidance=none,sft,kl", "--seeds", "5,6,7,8,9,10"),
         *("--episodes", "48"),  # long ones, with a frame a turn
     ],
     "points24": ["points24", *kinds("points24"), "--eval.interval", "10"],
