@@ -403,7 +403,13 @@ def sft_settings(path, **groups):
     """Three collected thoughts a step, one a forward pass."""
     own = ImitationConfig(samples=3, retries=0)
     ppo = PPOConfig(minibatch_turns=4, microbatch_turns=1, critic_steps=2, lr=1e-3)
-    return settings(path, guidance=GuidanceConfig(kind="sft", imitation=own), ppo=ppo, **groups)
+    return settings(
+        path,
+        sampling=SamplingConfig(max_new_tokens=80),  # room for what `scripted` writes
+        guidance=GuidanceConfig(kind="sft", imitation=own),
+        ppo=ppo,
+        **groups,
+    )
 
 
 def resumed(path, run, ranks):
