@@ -50,10 +50,8 @@ def test_a_base_is_one_of_the_commands_own_recipes(tmp_path):
     mine.write_text("base: points24-qwen2.5-vl-7b\nsteps: 9\n")
     made = read_config(mine, SFT_CONFIGS)
     assert made["steps"] == 9
-    assert (
-        made["demonstrations"]
-        == read_config(config_file("points24-qwen2.5-vl-7b", SFT_CONFIGS))["demonstrations"]
-    )
+    shipped = read_config(config_file("points24-qwen2.5-vl-7b", SFT_CONFIGS))
+    assert made["demonstrations"] == shipped["demonstrations"]
     assert "env" in read_config(mine)  # of the same name, but of `train`
 
 

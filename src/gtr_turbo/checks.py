@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
@@ -18,6 +20,21 @@ def installed(package: str) -> bool:
     """Whether it can be imported; a mere folder of its name, which Python takes for a package too, is none."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
+
+
+def key_from(variable: str) -> str:
+    """The key that an environment variable holds, outer blanks removed; empty if it holds none.
+
+    Raises:
+        ConfigError: no header can hold it; the key is not repeated.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not re.fullmatch("[!-~]*", key):
+        raise ConfigError(
+            f"the environment variable {variable} must hold a key of printable ASCII, but there is a blank, a line "
+            "break or another character in it; copy the key into it again"
+        )
+    return key
 
 
 def suggest(word: str, known: list[str]) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
 from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-from gtr_turbo.checks import ConfigError, fraction, not_negative, positive
+from gtr_turbo.checks import ConfigError, fraction, key_from, not_negative, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,16 +152,11 @@ class ExternalConfig:
         """
         if self.key_variable is None:
             return ""
-        if not (key := os.environ.get(self.key_variable, "").strip()):
+        if not (key := key_from(self.key_variable)):
             raise ConfigError(
                 f"guidance.kind='external' needs a key for {self.base_url}, and the environment variable "
                 f"{self.key_variable} is not set; export it, name another as "
                 "guidance.external.key_variable, or give null there if the endpoint wants no key"
-            )
-        if not re.fullmatch("[!-~]+", key):
-            raise ConfigError(
-                f"the environment variable {self.key_variable} must hold a key of printable ASCII, but there is "
-                "a blank, a line break or another character in it; copy the key into it again"
             )
         return key
 

@@ -1021,7 +1021,7 @@ def test_numbers_of_another_type_in_the_base_are_refused(tmp_path, name, kind, t
 def test_factors_of_another_type_are_refused(base, tmp_path, form):
     pair = tuple(side.double() for side in noise(0, (2, 6), (5, 2)))
     paths = [handmade(tmp_path / str(k), {"layer": pair}) for k in range(2)]
-    refused(paths, tmp_path / "out", "lora_A", "is F64; only", base=base, form=form)
+    refused(paths, tmp_path / "out", "lora_A", "is F64; only", form=form, **on(form, base))
 
 
 def test_two_modules_are_not_merged_into_one_weight(tmp_path):

@@ -12,7 +12,6 @@ import http.client
 import io
 import json
 import math
-import os
 import re
 import socket
 import threading
@@ -25,7 +24,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from gtr_turbo.checks import ConfigError
+from gtr_turbo.checks import key_from
 
 GENERATE = "/inference/v1/generate"
 NO_ROUTE = re.compile(rb'"detail":\s*"Not Found"')
@@ -55,12 +54,7 @@ class Client:
             ConfigError: the key is none that a header can hold.
         """
         self.url, self._timeout_s = url.rstrip("/"), timeout_s
-        self._key = os.environ.get("VLLM_API_KEY", "").strip()
-        if not re.fullmatch("[!-~]*", self._key):
-            raise ConfigError(
-                "the environment variable VLLM_API_KEY must hold a key of printable ASCII, but there is a blank, a "
-                "line break or another character in it; copy the key into it again"
-            )
+        self._key = key_from("VLLM_API_KEY")
 
     def healthy(self, timeout_s: float = 5.0) -> bool:
         """Whether a server answers and is ready."""

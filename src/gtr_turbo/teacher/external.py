@@ -326,11 +326,8 @@ class Corrector:
         with self._lock:
             told, self._told = self._told, True
         if not told:
-            how = (
-                "limits the rate"
-                if fault.kind == "rate_limit"
-                else f"does not answer ({fault.kind})"
-            )
+            limited = fault.kind == "rate_limit"
+            how = "limits the rate" if limited else f"does not answer ({fault.kind})"
             self._note(f"{config.base_url} {how}; waiting up to {config.wait_s:g} s")
         return True
 

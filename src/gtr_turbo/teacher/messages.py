@@ -152,9 +152,15 @@ def loads(text: str, secret: str = "") -> Any:
         AnswerError: `not_json`.
     """
     try:
-        return cut(json.loads(text), secret)
+        return cut(json.loads(text, parse_float=_number), secret)
     except (ValueError, RecursionError):
         raise AnswerError("not_json") from None
+
+
+def _number(text: str) -> float:
+    """7 for 7.0, which a schema takes for an integer: the agent would learn to write the point."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def cut(value: Any, secret: str) -> Any:
@@ -215,18 +221,7 @@ def read_answer(
     answer: dict[str, Any] = loads(message["content"], secret)
     if problem(answer, schema) is not None:
         raise AnswerError("schema")
-    return {**answer, "thought": _whole(answer["thought"])}
-
-
-def _whole(value: Any) -> Any:
-    """A JSON value with 7 for 7.0, which a schema takes for an integer: the agent would learn to write it."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [_whole(part) for part in value]
-    if isinstance(value, dict):
-        return {name: _whole(part) for name, part in value.items()}
-    return value
+    return answer
 
 
 def answer_calls(
